@@ -1,0 +1,82 @@
+"""The weight group: its rendezvous and the one interface that its transports share.
+
+A group is separate from torch's default process group. Rank 0 hosts the store on a free port; the address
+reaches the other ranks over the control plane.
+"""
+
+import socket
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+from torch import distributed as dist
+
+from rollcast.comm.deadline import Deadline
+from rollcast.comm.gloo import GlooGroup
+
+TRANSPORTS = ("gloo", "nccl")
+
+
+class Work(Protocol):
+    """A broadcast under way."""
+
+    def wait(self, deadline: Deadline) -> None:
+        """Block until the tensor may be read (or overwritten, on the root). Raises when a peer is lost."""
+        ...
+
+
+class Group(Protocol):
+    """Ranks that share a stream of broadcasts. Every rank issues the same broadcasts in the same order."""
+
+    rank: int
+    size: int
+
+    def broadcast(self, tensor: torch.Tensor, *, root: int, deadline: Deadline) -> Work:
+        """Start to copy `tensor` (contiguous uint8) from rank `root` to all others. Collective."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group. Idempotent. Peers that still wait for this rank fail at once instead of hanging."""
+        ...
+
+
+def host_store(host: str, *, timeout_s: float) -> tuple[dist.TCPStore, str]:
+    """Host a store on a free port of this machine. Returns it and the address `host:port` that peers use."""
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    return store, f"{host}:{store.port}"
+
+
+def join_group(
+    transport: str,
+    store: dist.Store | str,
+    *,
+    rank: int,
+    size: int,
+    deadline: Deadline,
+    device: torch.device | None = None,
+) -> Group:
+    """Join the group as `rank` of `size`. Collective; every rank passes the same `transport`.
+
+    `store` is the hosted store (rank 0) or its address. Raises `TimeoutError` or torch's `DistStoreError`
+    when the peers do not come within the deadline.
+    """
+    if transport not in TRANSPORTS:
+        raise ValueError(f"unknown transport {transport!r}, expected one of {', '.join(TRANSPORTS)}")
+    if isinstance(store, str):
+        host, _, port = store.rpartition(":")
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=deadline.left("the weight group's store"))
+    if transport == "nccl":
+        # cupy is only there on CUDA machines.
+        from rollcast.comm.nccl import NcclGroup
+
+        assert device is not None
+        return NcclGroup(store, rank=rank, size=size, deadline=deadline, device=device)
+    return GlooGroup(store, rank=rank, size=size, deadline=deadline)
+
+
+def reachable_host(towards: str) -> str:
+    """The address of this machine on the route to the host `towards` (no packet is sent)."""
+    family, *_, address = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return probe.getsockname()[0]

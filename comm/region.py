@@ -1,0 +1,51 @@
+"""A strided part of a tensor, as data (both sides)."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Elements of a tensor picked by `shape`, `stride` and `offset`.
+
+    Strides and offset count elements of `dtype` from the tensor's own first element, so a region made on one
+    tensor can be bound to any other tensor of the same layout.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, part: torch.Tensor, *, base_offset_bytes: int = 0) -> "Region":
+        """The region that `part` is, relative to a tensor that starts `base_offset_bytes` into its storage."""
+        offset_bytes = part.storage_offset() * part.element_size() - base_offset_bytes
+        assert offset_bytes % part.element_size() == 0
+        return cls(tuple(part.shape), tuple(part.stride()), offset_bytes // part.element_size(), part.dtype)
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements follow each other without a gap, in order."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Bind the region to `tensor`: a view that shares its memory."""
+        if tensor.dtype != self.dtype:
+            raise ValueError(f"a region of {self.dtype} cannot view a tensor of {tensor.dtype}")
+        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)

@@ -1,0 +1,73 @@
+"""What one sync cost (both sides)."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class PhaseTimer:
+    """Adds up seconds by phase.
+
+    with timer("pack"):
+        ...
+    """
+
+    def __init__(self) -> None:
+        self.phases_s: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases_s[phase] = self.phases_s.get(phase, 0.0) + time.perf_counter() - start
+
+    def total_s(self) -> float:
+        """Seconds since the timer was made."""
+        return time.perf_counter() - self._start
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """One worker's side of a sync."""
+
+    rank: int
+    """Rank in the weight group; rank 0 is the sender."""
+    phases_s: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """One sync, as the trainer saw it."""
+
+    version: int
+    nbytes: int
+    """Bytes of weights, counted once, whatever the number of workers."""
+    phases_s: Mapping[str, float]
+    """Seconds by phase. On the trainer: `plan` (agree, pause, make or check the group), `gather` (full tensors
+    from shards), `pack` (cast and copy into buckets), `wire` (waiting for broadcasts), `control` (waiting for
+    the engines' answers, resume). From the slowest worker: `apply`. `total` is from call to return."""
+    workers: tuple[WorkerReport, ...] = field(default=())
+
+    @property
+    def total_s(self) -> float:
+        return self.phases_s["total"]
+
+    @property
+    def gb_per_s(self) -> float:
+        """Decimal gigabytes of weights a second, over the whole sync."""
+        return self.nbytes / 1e9 / self.total_s
+
+    @property
+    def slowest_rank(self) -> int:
+        """Rank in the weight group of the worker that took longest; 0, the sender, if there are no workers."""
+        slowest = max(self.workers, key=lambda worker: sum(worker.phases_s.values()), default=None)
+        return slowest.rank if slowest else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return asdict(self) | {"gb_per_s": self.gb_per_s, "slowest_rank": self.slowest_rank}

@@ -1,0 +1,1 @@
+"""Programs to start: the GRPO job, and what it shows and records."""

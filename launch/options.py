@@ -1,0 +1,126 @@
+"""Settings of the GRPO job and their command line: the dataclass is the only place of defaults (every rank)."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+DESCRIPTION = """Train a language model with GRPO: trainer ranks learn, the other ranks generate with vLLM, and the
+new weights go from one to the other in memory after every step.
+
+  torchrun --standalone --nproc-per-node 2 -m rollcast.launch.grpo
+  torchrun --standalone --nproc-per-node 4 -m rollcast.launch.grpo --trainers 2 --steps 10
+  torchrun --standalone --nproc-per-node 4 -m rollcast.launch.grpo --trainers 2 --tensor-parallel-size 2 \\
+      --model ./Qwen3-0.6B --task my_package.rewards:is_correct --prompts prompts.txt
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig:
+    """Settings of `rollcast.launch.grpo`. The help texts are in `HELP`."""
+
+    model: str | None = None
+    task: str | None = None
+    prompts: str | None = None
+    trainers: int = 1
+    tensor_parallel_size: int = 1
+    parallel: str = "fsdp2"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    steps: int = 40
+    prompts_per_step: int = 16
+    samples_per_prompt: int = 8
+    max_tokens: int = 4
+    temperature: float = 1.0
+    learning_rate: float = 3e-3
+    clip: float = 0.2
+    kl: float = 0.0
+    epochs: int = 1
+    minibatches: int = 1
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    pause_mode: str = "keep"
+    bucket_mib: int = 256
+    sync_timeout_s: float = 60.0
+    logprob_tolerance: float | None = None
+    enforce_eager: bool | None = None
+    runs: str = "runs"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "samples_per_prompt", "max_tokens", "epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.prompts_per_step % (self.trainers * self.minibatches):
+            raise ValueError(
+                f"prompts_per_step {self.prompts_per_step} cannot be split evenly over {self.trainers} trainers x "
+                f"{self.minibatches} minibatches"
+            )
+        if self.samples_per_prompt < 2:
+            raise ValueError("samples_per_prompt must be at least 2: GRPO compares samples of one prompt")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}: GRPO has to explore")
+
+
+HELP = {
+    "model": "Hugging Face folder; without it, a tiny Qwen3-shaped model with random weights",
+    "task": "your reward as package.module:function, called with (prompt, completion), returns a float; "
+    "without it, the built-in task",
+    "prompts": "text file, one prompt a line; without it, the built-in task's prompts",
+    "trainers": "ranks that train; the others form engines",
+    "tensor_parallel_size": "ranks of one engine",
+    "parallel": "how several trainers share the model",
+    "device": "where everything runs; auto: CUDA if there is a GPU",
+    "dtype": "of the engines and the wire (trainers keep float32); auto: what config.json says",
+    "max_model_len": "longest prompt plus completion in tokens; default: what config.json says",
+    "steps": "optimizer steps; each ends with a sync",
+    "prompts_per_step": "prompts drawn for a step, over all trainers",
+    "samples_per_prompt": "completions of each prompt: the group that rewards are compared in",
+    "max_tokens": "longest completion",
+    "temperature": "of sampling",
+    "learning_rate": "of AdamW",
+    "clip": "bound of the policy ratio: 1 - clip to 1 + clip",
+    "kl": "weight of the KL penalty towards the initial policy; 0: none",
+    "epochs": "passes over the samples of a step",
+    "minibatches": "optimizer steps in a pass",
+    "max_grad_norm": "gradients are scaled down to this norm",
+    "seed": "of the initial weights, the prompts and the engines",
+    "pause_mode": "what a sync does to requests in flight",
+    "bucket_mib": "MiB of one broadcast",
+    "sync_timeout_s": "a sync that takes longer than this many seconds fails",
+    "logprob_tolerance": "stop if engine and trainer log-probabilities differ by more; "
+    "default: 1e-3 in float32, no bound otherwise",
+    "enforce_eager": "no torch.compile and CUDA graphs in the engines; default: only on CPU",
+    "runs": "folder for the run's folder",
+}
+CHOICES = {
+    "parallel": ("fsdp2", "ddp"),
+    "device": ("auto", "cpu", "cuda"),
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> GrpoConfig:
+    """Read the command line. Exits with a message on values that cannot work."""
+    parser = argparse.ArgumentParser(
+        prog="rollcast.launch.grpo",
+        usage="torchrun --nproc-per-node N -m rollcast.launch.grpo [options]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for field in fields(GrpoConfig):
+        _add(parser, field.name, field.default)
+    options = vars(parser.parse_args(argv))
+    try:
+        return GrpoConfig(**options)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _add(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
+    flag = "--" + name.replace("_", "-")
+    if name == "enforce_eager":
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=HELP[name])
+        return
+    kind = {"max_model_len": int, "logprob_tolerance": float}.get(name, str if default is None else type(default))
+    suffix = "" if default is None else f" (default: {default})"
+    parser.add_argument(flag, type=kind, default=default, choices=CHOICES.get(name), help=HELP[name] + suffix)

@@ -1,0 +1,22 @@
+"""A pool of vLLM engines that trainer ranks generate with and push weights to."""
+
+from rollcast.rollout.config import RolloutConfig
+from rollcast.rollout.errors import EngineError, PreflightError, RollcastError, SyncError
+from rollcast.rollout.job import Job, join
+from rollcast.rollout.pool import Pool
+from rollcast.rollout.records import Completion, Sampling
+from rollcast.rollout.sync import PoolBroadcaster
+
+__all__ = [
+    "Completion",
+    "EngineError",
+    "Job",
+    "Pool",
+    "PoolBroadcaster",
+    "PreflightError",
+    "RollcastError",
+    "RolloutConfig",
+    "Sampling",
+    "SyncError",
+    "join",
+]

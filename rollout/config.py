@@ -1,0 +1,120 @@
+"""The one place of a job's settings and their defaults (every process)."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollcast.rollout.errors import PreflightError
+
+PAUSE_MODES = ("keep", "wait", "abort")
+PREFIX_CACHE_POLICIES = ("clear", "keep")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How the ranks of one torchrun job are split, and how their engines run.
+
+    Ranks `[0, trainers)` train; every next `tensor_parallel_size` ranks form an engine. Every rank passes the
+    same values. Raises `PreflightError` (a `ValueError`) on values that cannot work.
+    """
+
+    model: str
+    """Folder of a Hugging Face model: config.json, and weights unless `load_format` is "dummy"."""
+    trainers: int = 1
+    tensor_parallel_size: int = 1
+    device: str = "auto"
+    """"cpu", "cuda", or "auto": CUDA where torch sees a GPU."""
+    dtype: str = "auto"
+    """Dtype of the engines and of floating-point weights on the wire; "auto" is config.json's own."""
+    max_model_len: int | None = None
+    """Longest prompt plus completion, in tokens. None: what config.json says."""
+    load_format: str = "auto"
+    seed: int = 0
+    enforce_eager: bool = False
+    """Run the engines without torch.compile and CUDA graphs: faster to start, slower to decode."""
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int | None = None
+    """Most sequences that one engine decodes at a time. None: vLLM's default."""
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """More fields of vLLM's `AsyncEngineArgs`; JSON values only."""
+    worker_extension_cls: str = "rollcast.rollout.extension.RollcastWorker"
+    """Replace by a subclass to add methods to the workers. Must be importable in the engine's processes."""
+    pause_mode: str = "keep"
+    """What a sync does to requests in flight: "keep" freezes them, "wait" lets them finish, "abort" ends them."""
+    prefix_cache: str = "clear"
+    """What a sync does to the prefix cache. "keep" is faster, and serves keys of the old weights."""
+    bucket_bytes: int = 256 << 20
+    """Bytes of one broadcast, and of each of two buffers on the sender and on every worker."""
+    sync_timeout_s: float = 60.0
+    start_timeout_s: float = 600.0
+    """Seconds that an engine may take to start."""
+    log_dir: str | None = None
+    """Folder of the engines' logs. None: a temporary folder, named in the error if an engine dies."""
+
+    def __post_init__(self) -> None:
+        _one_of("pause_mode", self.pause_mode, PAUSE_MODES)
+        _one_of("prefix_cache", self.prefix_cache, PREFIX_CACHE_POLICIES)
+        _one_of("device", self.device, DEVICES)
+        for name in ("trainers", "tensor_parallel_size", "bucket_bytes", "sync_timeout_s", "start_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise PreflightError(f"{name} must be positive, got {getattr(self, name)}")
+        if not isinstance(getattr(torch, self.resolved_dtype(), None), torch.dtype):
+            raise PreflightError(f"dtype {self.dtype!r} is not a torch dtype; use auto, float32 or bfloat16")
+
+    def model_config(self) -> dict[str, Any]:
+        """config.json of the model; the language part where there are several."""
+        path = Path(self.model, "config.json")
+        if not path.is_file():
+            raise PreflightError(
+                f"model {self.model!r} has no config.json: pass the folder of a Hugging Face model "
+                "(one that transformers' save_pretrained wrote)"
+            )
+        config = json.loads(path.read_text())
+        return config | config.get("text_config", {})
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: those of generation_config.json, else of config.json."""
+        path = Path(self.model, "generation_config.json")
+        generation = json.loads(path.read_text()) if path.is_file() else {}
+        ids = generation.get("eos_token_id", self.model_config().get("eos_token_id"))
+        return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+    def resolved_dtype(self) -> str:
+        """Name of the torch dtype that engines and wire use."""
+        if self.dtype != "auto":
+            return self.dtype
+        config = self.model_config()
+        return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+    def torch_dtype(self) -> torch.dtype:
+        """`resolved_dtype` as torch's object."""
+        return getattr(torch, self.resolved_dtype())
+
+    def resolved_max_model_len(self) -> int:
+        """Longest prompt plus completion in tokens."""
+        config = self.model_config()
+        limit: int | None = config.get("max_position_embeddings") or config.get("n_positions")
+        wanted = self.max_model_len
+        if wanted is None and limit is None:
+            raise PreflightError(f"config.json of {self.model!r} has no max_position_embeddings: set max_model_len")
+        if wanted is not None and limit is not None and wanted > limit:
+            raise PreflightError(f"max_model_len {wanted} is more than the model's own {limit}")
+        chosen = wanted or limit
+        assert chosen is not None
+        return chosen
+
+    def resolved_device(self) -> str:
+        """The kind of device: "cpu" or "cuda"."""
+        if self.device == "auto":
+            return "cuda" if torch.cuda.device_count() else "cpu"
+        return self.device
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise PreflightError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")

@@ -1,0 +1,123 @@
+"""`join`: turns the ranks of a torchrun job into trainers and engines (every rank)."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rollcast.comm import Deadline, WeightSource
+from rollcast.comm.agree import Agreement
+from rollcast.comm.group import reachable_host
+from rollcast.rollout.config import RolloutConfig
+from rollcast.rollout.leader import idle, lead
+from rollcast.rollout.pool import Pool
+from rollcast.rollout.preflight import preflight
+from rollcast.rollout.roster import Roster
+from rollcast.rollout.sync import PoolBroadcaster
+from rollcast.rollout.world import World, narrow_to_trainers
+
+STORE_TIMEOUT_S = 300.0
+LEAVE_S = 10.0
+LONGEST_JOB_S = 30 * 24 * 3600.0
+
+
+@dataclass(kw_only=True)
+class Job:
+    """What `join` gives a rank. On engine ranks, whose work is over by then, only the ranks are of interest."""
+
+    config: RolloutConfig
+    world: World
+    _pool: Pool | None
+    _agreement: Agreement | None
+    _stack: ExitStack
+
+    @property
+    def is_trainer(self) -> bool:
+        return self.world.is_trainer
+
+    @property
+    def trainer_rank(self) -> int:
+        """This rank among the trainers: `[0, trainers)`."""
+        assert self.is_trainer
+        return self.world.rank
+
+    @property
+    def pool(self) -> Pool:
+        """The engines. Trainer ranks only."""
+        if self._pool is None:
+            raise RuntimeError("only trainer ranks have a pool: check job.is_trainer first")
+        return self._pool
+
+    def broadcaster(self, weights: nn.Module | Mapping[str, torch.Tensor]) -> PoolBroadcaster:
+        """A broadcaster of these weights (see `WeightSource` for what they may be). Trainer ranks only.
+
+        Not collective, but every trainer rank needs one to take part in its syncs.
+        """
+        pool, agreement = self.pool, self._agreement
+        assert agreement is not None
+        broadcaster = PoolBroadcaster(
+            WeightSource(weights, dtype=self.config.torch_dtype()),
+            pool,
+            agreement,
+            config=self.config,
+            rank=self.world.rank,
+            host=reachable_host(self.world.master_addr),
+        )
+        self._stack.callback(broadcaster.close)
+        return broadcaster
+
+
+@contextmanager
+def join(config: RolloutConfig) -> Iterator[Job]:
+    """Take this rank's place in the job. Collective over all ranks of the torchrun job.
+
+        with rollcast.join(config) as job:
+            if job.is_trainer:
+                ...
+
+    On trainer ranks it returns when all engines serve; inside, torch.distributed sees a job of the trainer
+    ranks only, so `init_process_group()`, FSDP2 and DDP work as if there were no engines. On engine ranks it
+    serves, and returns when the trainers are done. Raises `PreflightError` before anything is started if the
+    job cannot work, `EngineError` on the trainers if an engine does not start.
+    """
+    world = World.from_env(trainers=config.trainers, tensor_parallel_size=config.tensor_parallel_size)
+    store = world.store(timeout_s=STORE_TIMEOUT_S)
+    preflight(config, world, store, deadline_s=STORE_TIMEOUT_S)
+    with ExitStack() as stack:
+        if world.is_trainer:
+            narrow_to_trainers(world)
+            yield from _train(config, world, stack)
+        else:
+            if world.is_leader:
+                lead(config, world, store)
+            else:
+                idle(Roster(store, engines=world.engines))
+            yield Job(config=config, world=world, _pool=None, _agreement=None, _stack=stack)
+
+
+def _train(config: RolloutConfig, world: World, stack: ExitStack) -> Iterator[Job]:
+    # Three connections: a wait on one blocks every other user of it, whatever the thread.
+    roster = Roster(world.store(timeout_s=STORE_TIMEOUT_S), engines=world.engines)
+    watched = Roster(world.store(timeout_s=STORE_TIMEOUT_S), engines=world.engines)
+    agreement = Agreement(world.store(timeout_s=STORE_TIMEOUT_S), rank=world.rank, size=world.trainers)
+    try:
+        addresses = roster.addresses(deadline=Deadline(config.start_timeout_s))
+        pool = Pool(watched, addresses, max_model_len=config.resolved_max_model_len())
+        stack.callback(pool.close)
+        yield Job(config=config, world=world, _pool=pool, _agreement=agreement, _stack=stack)
+        # The last one out says that the job is over: engines must not stop while a trainer generates.
+        agreement.gather("done", deadline=Deadline(LONGEST_JOB_S))
+    finally:
+        roster.finish()
+        if world.rank == 0:
+            _wait_for_engines(roster)
+
+
+def _wait_for_engines(roster: Roster) -> None:
+    """Rank 0 may host the store, and the user's shell should not come back before the engines are gone."""
+    end = time.monotonic() + LEAVE_S
+    while not roster.all_left() and time.monotonic() < end:
+        time.sleep(0.05)

@@ -1,0 +1,225 @@
+"""Where each byte of the manifest lands in a vLLM worker, found by running vLLM's own loader once (worker).
+
+`model.load_weights` runs on meta tensors under a dispatch mode that knows sources and live parameters by their
+storage. Every copy from one into the other is noted as a `Move` and not executed; a sync then replays the moves
+and calls no loader. What cannot be expressed so is refused by name, never guessed.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rollcast.comm import Manifest, Region
+from rollcast.rollout.errors import RollcastError
+
+aten = torch.ops.aten
+
+# Copies that keep every element and its place: reading through them is reading the source.
+FAITHFUL_COPIES = frozenset({aten.clone.default, aten._to_copy.default})
+
+
+class LandingError(RollcastError):
+    """The engine's model cannot take these weights in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One piece of one parameter: from a region of the received tensor to a region of a live one."""
+
+    param: int
+    """Index into the manifest."""
+    source: Region
+    target: str
+    """vLLM's name of the live tensor."""
+    region: Region
+
+
+@dataclass(frozen=True)
+class LandingPlan:
+    """All moves of one worker."""
+
+    manifest: Manifest
+    moves: tuple[Move, ...]
+    fills: tuple[tuple[str, Region], ...]
+    """Parts that the loader sets to a constant (padding). They hold it already."""
+
+    def check(self, live: dict[str, torch.Tensor]) -> list[str]:
+        """Problems, each naming a parameter: live elements not written exactly once, sources that land nowhere."""
+        written: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        filled: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for move in self.moves:
+            written[move.target] += _intervals(move.region)
+        for name, region in self.fills:
+            filled[name] += _intervals(region)
+        problems = [
+            f"{name}: {problem}"
+            for name, tensor in live.items()
+            if isinstance(tensor, nn.Parameter) or written[name]
+            if (problem := _coverage(tensor.numel(), written[name], filled[name]))
+        ]
+        landed = {move.param for move in self.moves}
+        return problems + [
+            f"{spec.name}: the engine's model has no place for it"
+            for index, spec in enumerate(self.manifest.specs)
+            if index not in landed and spec.numel
+        ]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes copies from manifest tensors (meta) into live tensors; computes geometry only."""
+
+    def __init__(self, sources: Sequence[torch.Tensor], live: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.moves: list[Move] = []
+        self.fills: list[tuple[str, Region]] = []
+        self._sources = {_storage(tensor): index for index, tensor in enumerate(sources)}
+        self._live: dict[int, tuple[str, int]] = {}
+        for name, tensor in live.items():
+            self._live.setdefault(_storage(tensor), (name, int(tensor.storage_offset()) * tensor.element_size()))
+        # Storages of faithful copies: (parameter, region of the source that they are). Kept alive with them,
+        # or a later tensor could get the same address.
+        self._copies: dict[int, tuple[int, Region, torch.Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if not any(self._is_tracked(tensor) for tensor in tensors):
+            return func(*args, **kwargs)
+        if func is aten.copy_.default and _storage(args[0]) in self._live:
+            self._note_copy(args[0], args[1])
+            return args[0]
+        if func._schema.is_mutable:
+            if func in (aten.zero_.default, aten.fill_.Scalar) and _storage(args[0]) in self._live:
+                self._note_fill(args[0])
+                return args[0]
+            raise LandingError(f"the loader changes a tensor in place ({func})")
+        if "device" in kwargs and any(self._is_source(tensor) for tensor in tensors):
+            kwargs["device"] = torch.device("meta")
+        result = func(*args, **kwargs)
+        if func in FAITHFUL_COPIES and self._is_source(args[0]):
+            index, region = self._origin(args[0])
+            self._copies[_storage(result)] = (index, region, result)
+        return result
+
+    def _is_source(self, tensor: torch.Tensor) -> bool:
+        return _storage(tensor) in self._sources or _storage(tensor) in self._copies
+
+    def _is_tracked(self, tensor: torch.Tensor) -> bool:
+        return _storage(tensor) in self._live or self._is_source(tensor)
+
+    def _origin(self, tensor: torch.Tensor) -> tuple[int, Region]:
+        """The manifest parameter and the region of it that `tensor` holds."""
+        key = _storage(tensor)
+        if key in self._sources:
+            return self._sources[key], Region.of(tensor)
+        if key not in self._copies:
+            raise LandingError("the loader computes the value instead of copying it")
+        index, region, copy = self._copies[key]
+        if tensor.shape != copy.shape or tensor.stride() != copy.stride():
+            raise LandingError("the loader takes a part of a copy")
+        return index, region
+
+    def _note_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if not self._is_source(source) and not source.is_meta:
+            self._note_fill(target)
+            return
+        index, region = self._origin(source)
+        if source.shape != target.shape:
+            if source.numel() != target.numel():
+                raise LandingError(f"the loader stretches {list(source.shape)} to {list(target.shape)}")
+            region = Region.of(
+                torch.empty(0, device="meta", dtype=region.dtype)
+                .as_strided(region.shape, region.stride, region.offset)
+                .expand(target.shape)
+            )
+        name, base = self._live[_storage(target)]
+        self.moves.append(Move(index, region, name, Region.of(target, base_offset_bytes=base)))
+
+    def _note_fill(self, target: torch.Tensor) -> None:
+        name, base = self._live[_storage(target)]
+        self.fills.append((name, Region.of(target, base_offset_bytes=base)))
+
+
+def compile_landing(
+    load_weights: Callable[[Iterator[tuple[str, torch.Tensor]]], Any],
+    live: dict[str, torch.Tensor],
+    manifest: Manifest,
+) -> LandingPlan:
+    """Run the loader on meta tensors and note where everything goes. The live tensors are not written.
+
+    Raises `LandingError` naming the parameter that the loader was busy with when it did what a move cannot say.
+    """
+    sources = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in manifest.specs]
+    recorder = Recorder(sources, live)
+    name = manifest.specs[0].name
+
+    def feed() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal name
+        for spec, tensor in zip(manifest.specs, sources, strict=True):
+            name = spec.name
+            yield name, tensor
+
+    try:
+        with torch.no_grad(), recorder:
+            load_weights(feed())
+    except Exception as error:
+        raise LandingError(f"vLLM's loader does not take parameter {name}: {error or type(error).__name__}") from error
+    return LandingPlan(manifest, tuple(recorder.moves), tuple(recorder.fills))
+
+
+class DirectLanding:
+    """A `Landing` into live parameters: one copy for each move, no loader."""
+
+    def __init__(self, plan: LandingPlan, live: dict[str, torch.Tensor]) -> None:
+        self._pieces: dict[int, list[tuple[Region, torch.Tensor]]] = defaultdict(list)
+        for move in plan.moves:
+            self._pieces[move.param].append((move.source, move.region.view(live[move.target].data)))
+
+    def land(self, param: int, tensor: torch.Tensor) -> None:
+        """See `Landing.land`."""
+        for source, target in self._pieces[param]:
+            target.copy_(source.view(tensor))
+
+    def commit(self) -> None:
+        """See `Landing.commit`. Nothing to do: direct modules need no processing."""
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Identity of a tensor's memory, the same for all its views, on meta too."""
+    return tensor.untyped_storage()._cdata
+
+
+def _intervals(region: Region) -> list[tuple[int, int]]:
+    """The region as runs of elements [start, end) of the flat tensor."""
+    if region.numel == 0:
+        return []
+    dims = [(size, stride) for size, stride in zip(region.shape, region.stride, strict=True) if size > 1]
+    run = 1
+    while dims and dims[-1][1] == run:
+        run *= dims.pop()[0]
+    starts = [sum(steps) for steps in product(*(range(0, size * stride, stride) for size, stride in dims))]
+    return [(region.offset + start, region.offset + start + run) for start in starts]
+
+
+def _coverage(numel: int, written: list[tuple[int, int]], filled: list[tuple[int, int]]) -> str | None:
+    end = total = 0
+    for start, stop in sorted(written):
+        if start < end:
+            return f"the loader writes elements {start} to {min(stop, end)} twice"
+        total, end = total + stop - start, stop
+    covered, end = 0, 0
+    for start, stop in sorted(written + filled):
+        covered += max(0, stop - max(start, end))
+        end = max(end, stop)
+    if covered == numel:
+        return None
+    return f"{numel - covered} of {numel} elements would not be written: the trainer does not send what they need"

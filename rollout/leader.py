@@ -1,0 +1,185 @@
+"""Starts, watches and stops one engine process (the engine's leader rank)."""
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+from torch import distributed as dist
+
+from rollcast.comm import Deadline
+from rollcast.comm.group import reachable_host
+from rollcast.rollout.config import RolloutConfig
+from rollcast.rollout.errors import EngineError
+from rollcast.rollout.records import Launch
+from rollcast.rollout.roster import Roster
+from rollcast.rollout.world import World, without_torchrun
+
+POLL_S = 0.1
+STOP_S = 4.0
+LOG_LINES = 12
+CAUSES = 4
+# The last line of a traceback, with or without vLLM's log prefix: "(Worker pid=7) ERROR ... [file:1] ValueError: why".
+EXCEPTION = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)")
+
+
+class EngineProcess:
+    """A `rollcast.rollout.service` process with all of vLLM's processes below it, in a session of its own."""
+
+    def __init__(self, launch: Launch, *, environ: dict[str, str], log: Path) -> None:
+        self.log = log
+        read_fd, write_fd = os.pipe()
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rollcast.rollout.service", str(write_fd)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environ,
+                pass_fds=(write_fd,),
+                start_new_session=True,
+            )
+        os.close(write_fd)
+        self._ready = os.fdopen(read_fd)
+        assert self._process.stdin is not None
+        with self._process.stdin as stdin:
+            stdin.write(msgspec.json.encode(launch))
+
+    def wait_ready(self, deadline: Deadline) -> str:
+        """The address of the service, once it serves. Raises `EngineError` with the log's end if it never does."""
+        while not select.select([self._ready], [], [], POLL_S)[0]:
+            if deadline.left_s() == 0.0:
+                raise EngineError(f"not ready within {deadline.timeout_s:g} s\n{self.last_words()}")
+        address = self._ready.readline().strip()
+        if not address:
+            raise EngineError(f"ended while starting\n{self.last_words()}")
+        return address
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def last_words(self) -> str:
+        """The end of the engine's log, and where the rest is."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        causes = dict.fromkeys(match[1] for line in lines if (match := EXCEPTION.search(line)))
+        told = "errors:\n  " + "\n  ".join(list(causes)[:CAUSES]) + "\n" if causes else ""
+        return f"{told}last lines of {self.log}:\n" + "\n".join(lines[-LOG_LINES:])
+
+    def stop(self) -> None:
+        """Stop the service and everything below it. Idempotent."""
+        if self.running:
+            self._process.terminate()
+            deadline = time.monotonic() + STOP_S
+            while self.running and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+        # Whatever is left of the session: vLLM's processes survive a service that was killed.
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._ready.close()
+
+
+def lead(config: RolloutConfig, world: World, store: dist.Store) -> None:
+    """Run this leader's engine until the trainers are done. Engine trouble is published, not raised here.
+
+    The trainers raise it: they know what they were doing, and end the job.
+    """
+    roster = Roster(store, engines=world.engines)
+    with _exit_on_signals(), tempfile.TemporaryDirectory(prefix="rollcast-") as scratch:
+        log = Path(config.log_dir or scratch, f"engine-{world.engine}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        engine = EngineProcess(_launch(config, world), environ=engine_environ(config, world), log=log)
+        try:
+            roster.announce(world.engine, engine.wait_ready(Deadline(config.start_timeout_s)))
+            while engine.running and not roster.done():
+                time.sleep(POLL_S)
+            if not roster.done():
+                roster.report_lost(world.engine, f"its process ended\n{engine.last_words()}")
+        except EngineError as error:
+            roster.report_lost(world.engine, str(error))
+        finally:
+            engine.stop()
+        idle(roster)
+        roster.leave()
+
+
+def idle(roster: Roster) -> None:
+    """Wait until the trainers are done."""
+    while not roster.done():
+        time.sleep(POLL_S)
+
+
+def engine_environ(config: RolloutConfig, world: World) -> dict[str, str]:
+    """The engine's environment: no torchrun, this package importable, its own GPUs or cores."""
+    environ = without_torchrun(os.environ)
+    environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    if config.resolved_device() == "cuda":
+        first = world.local_rank
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(gpu) for gpu in range(world.local_world_size)]
+        environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + world.tensor_parallel_size])
+        return environ
+    if config.enforce_eager:
+        # vLLM compiles a few small sampling functions all the same, which takes 20 s on a CPU.
+        environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cpu_binding(world))
+    return environ
+
+
+def _cpu_binding(world: World) -> str:
+    """Cores for each worker of this engine: this machine's, shared out evenly among its engine ranks."""
+    cores = sorted(os.sched_getaffinity(0))
+    first_rank = world.rank - world.local_rank
+    engine_ranks = range(max(first_rank, world.trainers), first_rank + world.local_world_size)
+    shares = [
+        cores[index :: len(engine_ranks)] or [cores[index % len(cores)]]
+        for index, rank in enumerate(engine_ranks)
+        if rank in world.engine_ranks(world.engine)
+    ]
+    return "|".join(",".join(map(str, share)) for share in shares)
+
+
+def _launch(config: RolloutConfig, world: World) -> Launch:
+    return Launch(
+        engine=world.engine,
+        host=reachable_host(world.master_addr),
+        device=config.resolved_device(),
+        dtype=config.resolved_dtype(),
+        model=config.model,
+        max_model_len=config.resolved_max_model_len(),
+        tensor_parallel_size=config.tensor_parallel_size,
+        worker_extension_cls=config.worker_extension_cls,
+        load_format=config.load_format,
+        seed=config.seed,
+        eos_token_ids=config.eos_token_ids(),
+        enforce_eager=config.enforce_eager,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_num_seqs=config.max_num_seqs,
+        engine_args=dict(config.engine_args),
+    )
+
+
+@contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """Turn torchrun's SIGTERM and the user's Ctrl-C into an exit that runs `finally` blocks."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    before = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

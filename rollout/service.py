@@ -1,0 +1,128 @@
+"""The engine process: a ZMQ service around one `Engine` (started by the engine's leader rank).
+
+    python -m rollcast.rollout.service FD       # `Launch` as JSON on standard input
+
+Writes one line to the file descriptor FD when it is ready: the address it serves on.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from rollcast.rollout.engine import Engine
+from rollcast.rollout.records import (
+    Abandon,
+    Commit,
+    Describe,
+    Description,
+    Done,
+    Failed,
+    Fingerprint,
+    Fingerprints,
+    Generate,
+    Generated,
+    JoinGroup,
+    Launch,
+    Prepare,
+    Receive,
+    Received,
+    Reply,
+    Request,
+)
+
+PR_SET_PDEATHSIG = 1
+HEALTH_POLL_S = 0.2
+
+
+class Service:
+    """Answers each request as soon as it is done, in any order."""
+
+    def __init__(self, engine: Engine, *, index: int, socket: zmq.asyncio.Socket) -> None:
+        self._engine = engine
+        self._index = index
+        self._socket = socket
+        self._decoder = msgspec.msgpack.Decoder(Request)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serve until vLLM dies."""
+        accept = asyncio.create_task(self._accept())
+        while not self._engine.dead:
+            await asyncio.sleep(HEALTH_POLL_S)
+        accept.cancel()
+
+    async def _accept(self) -> None:
+        while True:
+            client, request_id, payload = await self._socket.recv_multipart()
+            task = asyncio.create_task(self._answer(client, request_id, payload))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, client: bytes, request_id: bytes, payload: bytes) -> None:
+        try:
+            reply = await self._carry_out(self._decoder.decode(payload))
+        except Exception as error:
+            if self._engine.dead:
+                return  # The leader reports the loss, with the root cause from the log.
+            reply = Failed(f"{type(error).__name__}: {error}")
+        await self._socket.send_multipart([client, request_id, self._encoder.encode(reply)])
+
+    async def _carry_out(self, request: Request) -> Reply:
+        match request:
+            case Generate():
+                return Generated(await self._engine.generate(request.prompts, request.sampling))
+            case Prepare():
+                await self._engine.prepare(request)
+            case JoinGroup():
+                await self._engine.join(request)
+            case Receive():
+                return Received(await self._engine.receive(request))
+            case Commit():
+                await self._engine.commit(request.version, request.prefix_cache)
+            case Abandon():
+                await self._engine.abandon(request.text)
+            case Describe():
+                return Description(self._index, os.getpid(), self._engine.version, self._engine.torn)
+            case Fingerprint():
+                return Fingerprints(await self._engine.fingerprint())
+        return Done()
+
+
+async def serve(launch: Launch, ready_fd: int) -> None:
+    """Start the engine, announce the address, serve until told to stop (SIGTERM) or vLLM dies."""
+    engine = Engine.start(launch)
+    context = zmq.asyncio.Context()
+    socket = context.socket(zmq.ROUTER)
+    try:
+        port = socket.bind_to_random_port(f"tcp://{launch.host}")
+        with os.fdopen(ready_fd, "w") as ready:
+            ready.write(f"tcp://{launch.host}:{port}\n")
+        service = asyncio.create_task(Service(engine, index=launch.engine, socket=socket).run())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, service.cancel)
+        await asyncio.wait([service])
+    finally:
+        engine.shutdown()
+        context.destroy(linger=0)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to send SIGTERM when the leader dies, however it dies."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main() -> None:
+    """Entry point of the engine process."""
+    die_with_parent()
+    launch = msgspec.json.decode(sys.stdin.buffer.read(), type=Launch)
+    asyncio.run(serve(launch, int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

