@@ -16,7 +16,10 @@ class GlooWork:
 
     def wait(self, deadline: Deadline) -> None:
         """See `Work.wait`."""
-        self._work.wait(deadline.left("a gloo broadcast"))
+        try:
+            self._work.wait(deadline.left("a gloo broadcast"))
+        except RuntimeError as error:
+            raise RuntimeError(f"a gloo broadcast failed (deadline {deadline.timeout_s:g} s): {error}") from error
 
 
 class GlooGroup:

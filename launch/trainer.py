@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -188,5 +189,5 @@ class Grpo:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _load(self, folder: str) -> nn.Module:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = cast(nn.Module, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
         return model.to(self.trainers.device)

@@ -1,11 +1,17 @@
 """One vLLM engine: generate, and take part in a sync (engine process; the only user of `AsyncLLM`)."""
 
 import asyncio
+import re
 from enum import Enum
 from typing import Any
 
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.records import Completion, JoinGroup, Launch, Prepare, Receive, Sampling, WorkerTimes
+
+# What vLLM wraps around a worker's own text.
+VLLM_WRAPPING = re.compile(
+    r"^Call to \w+ method failed: (Worker failed with error )?|, please check the stack trace above for the root cause$"
+)
 
 
 class State(Enum):
@@ -96,15 +102,17 @@ class Engine:
 
     async def prepare(self, request: Prepare) -> None:
         """Let every worker find where the parameters land."""
-        await self._llm.collective_rpc(
-            "rollcast_prepare", args=(request.manifest, request.bucket_bytes, request.digest)
-        )
+        await self._call("rollcast_prepare", request.manifest, request.bucket_bytes, request.digest)
 
     async def join(self, request: JoinGroup) -> None:
         """Let every worker join the weight group."""
-        await self._llm.collective_rpc(
+        await self._call(
             "rollcast_join",
-            args=(request.transport, request.address, request.first_rank, request.size, request.timeout_s),
+            request.transport,
+            request.address,
+            request.first_rank,
+            request.size,
+            request.timeout_s,
         )
 
     async def receive(self, request: Receive) -> list[WorkerTimes]:
@@ -113,9 +121,7 @@ class Engine:
         async with asyncio.timeout(request.timeout_s):
             await self._llm.pause_generation(mode=request.pause_mode, clear_cache=False)
         self._state = State.RECEIVING
-        phases = await self._llm.collective_rpc(
-            "rollcast_receive", args=(request.version, request.digest, request.timeout_s)
-        )
+        phases = await self._call("rollcast_receive", request.version, request.digest, request.timeout_s)
         return [WorkerTimes(request.first_rank + rank, worker) for rank, worker in enumerate(phases)]
 
     async def commit(self, version: int, prefix_cache: str) -> None:
@@ -142,11 +148,18 @@ class Engine:
 
     async def fingerprint(self) -> list[dict[str, str]]:
         """Hashes of every live tensor, for each worker."""
-        return await self._llm.collective_rpc("rollcast_fingerprint")
+        return await self._call("rollcast_fingerprint")
 
     def shutdown(self) -> None:
         """Stop vLLM's processes."""
         self._llm.shutdown()
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker; `EngineError` with the worker's own text if one raises."""
+        try:
+            return await self._llm.collective_rpc(method, args=args)
+        except Exception as error:
+            raise EngineError(f"engine {self._index}: {VLLM_WRAPPING.sub('', str(error))}") from error
 
     async def _sample(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
         from vllm import SamplingParams

@@ -8,8 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -27,9 +26,9 @@ from rollcast.rollout.world import World, without_torchrun
 POLL_S = 0.1
 STOP_S = 4.0
 LOG_LINES = 12
-CAUSES = 4
+CAUSES = 5
 # The last line of a traceback, with or without vLLM's log prefix: "(Worker pid=7) ERROR ... [file:1] ValueError: why".
-EXCEPTION = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)")
+EXCEPTION = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+|.*died unexpectedly.*)")
 
 
 class EngineProcess:
@@ -54,9 +53,10 @@ class EngineProcess:
         with self._process.stdin as stdin:
             stdin.write(msgspec.json.encode(launch))
 
-    def wait_ready(self, deadline: Deadline) -> str:
+    def wait_ready(self, deadline: Deadline, signals: "Signals") -> str:
         """The address of the service, once it serves. Raises `EngineError` with the log's end if it never does."""
         while not select.select([self._ready], [], [], POLL_S)[0]:
+            signals.exit_if_received()
             if deadline.left_s() == 0.0:
                 raise EngineError(f"not ready within {deadline.timeout_s:g} s\n{self.last_words()}")
         address = self._ready.readline().strip()
@@ -71,8 +71,8 @@ class EngineProcess:
     def last_words(self) -> str:
         """The end of the engine's log, and where the rest is."""
         lines = self.log.read_text(errors="replace").splitlines()
-        causes = dict.fromkeys(match[1] for line in lines if (match := EXCEPTION.search(line)))
-        told = "errors:\n  " + "\n  ".join(list(causes)[:CAUSES]) + "\n" if causes else ""
+        causes = list(dict.fromkeys(match[1] for line in lines if (match := EXCEPTION.search(line))))
+        told = "errors:\n  " + "\n  ".join(causes[-CAUSES:]) + "\n" if causes else ""
         return f"{told}last lines of {self.log}:\n" + "\n".join(lines[-LOG_LINES:])
 
     def stop(self) -> None:
@@ -95,27 +95,33 @@ def lead(config: RolloutConfig, world: World, store: dist.Store) -> None:
     The trainers raise it: they know what they were doing, and end the job.
     """
     roster = Roster(store, engines=world.engines)
-    with _exit_on_signals(), tempfile.TemporaryDirectory(prefix="rollcast-") as scratch:
+    signals = Signals()
+    with tempfile.TemporaryDirectory(prefix="rollcast-") as scratch:
         log = Path(config.log_dir or scratch, f"engine-{world.engine}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         engine = EngineProcess(_launch(config, world), environ=engine_environ(config, world), log=log)
         try:
-            roster.announce(world.engine, engine.wait_ready(Deadline(config.start_timeout_s)))
-            while engine.running and not roster.done():
-                time.sleep(POLL_S)
-            if not roster.done():
+            roster.announce(world.engine, engine.wait_ready(Deadline(config.start_timeout_s), signals))
+            _wait(roster, signals, engine)
+            if not engine.running:
                 roster.report_lost(world.engine, f"its process ended\n{engine.last_words()}")
         except EngineError as error:
             roster.report_lost(world.engine, str(error))
         finally:
             engine.stop()
-        idle(roster)
+        idle(roster, signals)
         roster.leave()
 
 
-def idle(roster: Roster) -> None:
+def idle(roster: Roster, signals: "Signals | None" = None) -> None:
     """Wait until the trainers are done."""
-    while not roster.done():
+    _wait(roster, signals or Signals(), None)
+
+
+def _wait(roster: Roster, signals: "Signals", engine: EngineProcess | None) -> None:
+    """Until the trainers are done or the engine has ended."""
+    while not roster.done() and (engine is None or engine.running):
+        signals.exit_if_received()
         time.sleep(POLL_S)
 
 
@@ -170,16 +176,21 @@ def _launch(config: RolloutConfig, world: World) -> Launch:
     )
 
 
-@contextmanager
-def _exit_on_signals() -> Iterator[None]:
-    """Turn torchrun's SIGTERM and the user's Ctrl-C into an exit that runs `finally` blocks."""
+class Signals:
+    """Notes torchrun's SIGTERM and the user's Ctrl-C instead of acting on them.
 
-    def leave(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
+    The loops of this module look; so no signal can cut a clean-up short.
+    """
 
-    before = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.received = signum
+
+    def exit_if_received(self) -> None:
+        """End the process, with the exit code that shells give to this signal."""
+        if self.received is not None:
+            raise SystemExit(128 + self.received)

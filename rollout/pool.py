@@ -146,7 +146,7 @@ class Pool:
                 continue
             reply = self._decoder.decode(payload)
             if isinstance(reply, Failed):
-                future.set_exception(EngineError(f"engine {engine}: {reply.text}"))
+                future.set_exception(EngineError(_named(engine, reply.text)))
             else:
                 future.set_result(reply)
 
@@ -186,3 +186,7 @@ def expect(reply: Reply, kind: type[R]) -> R:
     """The reply, which must be of the given kind."""
     assert isinstance(reply, kind), reply
     return reply
+
+
+def _named(engine: int, text: str) -> str:
+    return text if text.startswith(f"engine {engine}") else f"engine {engine}: {text}"

@@ -10,12 +10,14 @@ import ctypes
 import os
 import signal
 import sys
+import traceback
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from rollcast.rollout.engine import Engine
+from rollcast.rollout.errors import RollcastError
 from rollcast.rollout.records import (
     Abandon,
     Commit,
@@ -69,9 +71,13 @@ class Service:
         try:
             reply = await self._carry_out(self._decoder.decode(payload))
         except Exception as error:
+            # A worker that died cancels its calls before vLLM says so. Then no answer: the leader reports the
+            # loss, with the root cause from the log.
+            await asyncio.sleep(HEALTH_POLL_S)
             if self._engine.dead:
-                return  # The leader reports the loss, with the root cause from the log.
-            reply = Failed(f"{type(error).__name__}: {error}")
+                return
+            known = isinstance(error, RollcastError | ValueError)
+            reply = Failed(str(error) if known else f"{type(error).__name__}: {error}")
         await self._socket.send_multipart([client, request_id, self._encoder.encode(reply)])
 
     async def _carry_out(self, request: Request) -> Reply:
@@ -121,7 +127,14 @@ def main() -> None:
     """Entry point of the engine process."""
     die_with_parent()
     launch = msgspec.json.decode(sys.stdin.buffer.read(), type=Launch)
-    asyncio.run(serve(launch, int(sys.argv[1])))
+    try:
+        asyncio.run(serve(launch, int(sys.argv[1])))
+    except BaseException:
+        traceback.print_exc()
+    # No interpreter teardown: vLLM's finalizers raise in it, and bury the log's last words.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

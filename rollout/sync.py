@@ -23,9 +23,11 @@ from rollcast.rollout.errors import EngineError, SyncError
 from rollcast.rollout.pool import Pool, collect, expect
 from rollcast.rollout.records import Abandon, Commit, JoinGroup, Prepare, Receive, Received, Reply
 
-# After the wire broke, how long to wait for the engines' own words about it.
-WORDS_S = 5.0
 SENDER = 0
+# Shares of the sync's timeout. What is left after the wire is for asking the engines what went wrong and for
+# telling the other ranks, so that all of them raise in time.
+WIRE_SHARE = 0.8
+WORDS_SHARE = 0.1
 
 
 class PoolBroadcaster:
@@ -74,7 +76,8 @@ class PoolBroadcaster:
         """
         if version <= self.version:
             raise ValueError(f"version must grow: {version} after {self.version}")
-        deadline = Deadline(self._config.sync_timeout_s)
+        timeout_s = self._config.sync_timeout_s
+        end, deadline = Deadline(timeout_s), Deadline(timeout_s * WIRE_SHARE)
         timer = PhaseTimer()
         receiving: list[Future[Reply]] = []
         error: Exception | None = None
@@ -91,7 +94,7 @@ class PoolBroadcaster:
         except Exception as failure:
             error = failure
         with timer("control"):
-            self._conclude(version, error, receiving, deadline)
+            self._conclude(version, error, receiving, end)
         self.version = version
         return self._report(version, timer, workers)
 
@@ -164,14 +167,11 @@ class PoolBroadcaster:
             future.add_done_callback(lambda done: group.close() if done.exception() else None)
         return receiving
 
-    def _conclude(
-        self, version: int, error: Exception | None, receiving: "list[Future[Reply]]", deadline: Deadline
-    ) -> None:
+    def _conclude(self, version: int, error: Exception | None, receiving: "list[Future[Reply]]", end: Deadline) -> None:
         """Agree on the outcome; commit it, or raise the same `SyncError` on every rank."""
-        words = self._gather(self._words(error, receiving), Deadline(deadline.left_s() + WORDS_S))
-        if not words and self.is_sender:
-            words = self._commit(version, deadline)
-        words = words or self._gather(words, Deadline(deadline.left_s() + WORDS_S))
+        words = self._gather(self._words(error, receiving), end)
+        if not words:
+            words = self._gather(self._commit(version, end) if self.is_sender else "", end)
         if words:
             self.close()
             if self.is_sender:
@@ -189,14 +189,17 @@ class PoolBroadcaster:
         """What to tell the other ranks and the user: an engine's own words where there are any."""
         if error is None:
             return ""
-        wait(receiving, timeout=WORDS_S)
+        wait(receiving, timeout=self._config.sync_timeout_s * WORDS_SHARE)
         try:
             collect([future for future in receiving if future.done()])
         except EngineError as theirs:
             return str(theirs)
-        return str(error) or type(error).__name__
+        silent = [str(engine) for engine, future in enumerate(receiving) if not future.done()]
+        suffix = f"; no answer from engine {', '.join(silent)}" if silent else ""
+        return (str(error) or type(error).__name__) + suffix
 
-    def _commit(self, version: int, deadline: Deadline) -> str:
+    def _commit(self, version: int, end: Deadline) -> str:
+        deadline = Deadline(end.left_s() * (1.0 - WORDS_SHARE))
         try:
             self._pool.ask_all(Commit(version, self._config.prefix_cache), deadline=deadline)
         except EngineError as error:

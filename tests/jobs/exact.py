@@ -1,0 +1,70 @@
+"""Sync twice, save what was sent, and tell what the engines hold (run by torchrun).
+
+exact.py KIND MODEL_FOLDER SAVE_FOLDER REPORT.json TRAINERS TENSOR_PARALLEL_SIZE
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from models import build, perturb
+from torch import distributed as dist
+
+import rollcast.rollout as rollcast
+from rollcast.launch.parallel import Trainers
+
+PROMPTS = [[5, 6, 7], [9, 8], [3, 4, 5, 6]]
+
+
+def main() -> None:
+    kind, folder, save, report = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    trainers, tensor_parallel_size = int(sys.argv[5]), int(sys.argv[6])
+    config = rollcast.RolloutConfig(
+        model=folder,
+        trainers=trainers,
+        tensor_parallel_size=tensor_parallel_size,
+        enforce_eager=True,
+        # Small buckets: most tensors are split.
+        bucket_bytes=4096,
+        log_dir=str(report.parent),
+    )
+    with rollcast.join(config) as job:
+        if not job.is_trainer:
+            return
+        group = Trainers(rank=job.trainer_rank, size=trainers, device="cpu")
+        plain = build(kind)
+        sharded = group.share(build(kind), "fsdp2")
+        broadcaster = job.broadcaster(sharded)
+        for version in (1, 2):
+            perturb(sharded, seed=version)
+            perturb(plain, seed=version)
+            sync = broadcaster.sync(version=version)
+        greedy = job.pool.generate(PROMPTS, rollcast.Sampling(temperature=0.0, max_tokens=12, ignore_eos=True))
+        if job.trainer_rank == 0:
+            plain.save_pretrained(save)
+            expected = [greedy_tokens(plain, prompt, 12) for prompt in PROMPTS]
+            facts = {
+                "fingerprints": job.pool.fingerprints(),
+                "tokens": [samples[0].token_ids for samples in greedy],
+                "versions": [samples[0].versions for samples in greedy],
+                "expected": expected,
+                "describe": [[state.version, state.torn] for state in job.pool.describe()],
+                "sync": sync.to_dict(),
+            }
+            report.write_text(json.dumps(facts))
+        if trainers > 1:
+            dist.barrier()
+        group.close()
+
+
+def greedy_tokens(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    """Greedy continuation by full forward passes of transformers: no cache, no sampler."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+if __name__ == "__main__":
+    main()

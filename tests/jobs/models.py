@@ -1,0 +1,34 @@
+"""Tiny models with random weights for test jobs."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+    "dtype": torch.float32,
+}
+
+
+def build(kind: str, *, seed: int = 0) -> PreTrainedModel:
+    """ "tied" is a Qwen3 with tied embeddings, "untied" a Llama without."""
+    torch.manual_seed(seed)
+    if kind == "tied":
+        return Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True))
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
+
+
+def perturb(model: torch.nn.Module, *, seed: int) -> None:
+    """Change every weight, the same way on every rank and however it is sharded."""
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.mul_(1.0 + 0.01 * (seed + index % 7)).add_(0.001 * (index % 5))
