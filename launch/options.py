@@ -28,16 +28,17 @@ class GrpoConfig:
     device: str = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None
-    steps: int = 40
-    prompts_per_step: int = 16
-    samples_per_prompt: int = 8
+    steps: int = 45
+    prompts_per_step: int = 32
+    samples_per_prompt: int = 16
     max_tokens: int = 4
     temperature: float = 1.0
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     clip: float = 0.2
+    entropy: float = 0.05
     kl: float = 0.0
     epochs: int = 1
-    minibatches: int = 1
+    minibatches: int = 8
     max_grad_norm: float = 1.0
     seed: int = 0
     pause_mode: str = "keep"
@@ -51,10 +52,13 @@ class GrpoConfig:
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "max_tokens", "epochs", "minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.prompts_per_step % (self.trainers * self.minibatches):
+        if self.prompts_per_step % self.trainers:
             raise ValueError(
-                f"prompts_per_step {self.prompts_per_step} cannot be split evenly over {self.trainers} trainers x "
-                f"{self.minibatches} minibatches"
+                f"prompts_per_step {self.prompts_per_step} cannot be split evenly over {self.trainers} trainers"
+            )
+        if (samples := self.prompts_per_step // self.trainers * self.samples_per_prompt) % self.minibatches:
+            raise ValueError(
+                f"{samples} samples of a trainer cannot be split evenly into {self.minibatches} minibatches"
             )
         if self.samples_per_prompt < 2:
             raise ValueError("samples_per_prompt must be at least 2: GRPO compares samples of one prompt")
@@ -78,8 +82,9 @@ HELP = {
     "samples_per_prompt": "completions of each prompt: the group that rewards are compared in",
     "max_tokens": "longest completion",
     "temperature": "of sampling",
-    "learning_rate": "of AdamW",
+    "learning_rate": "of AdamW at the start; falls to a tenth of it over the steps",
     "clip": "bound of the policy ratio: 1 - clip to 1 + clip",
+    "entropy": "weight of the entropy bonus; 0: none",
     "kl": "weight of the KL penalty towards the initial policy; 0: none",
     "epochs": "passes over the samples of a step",
     "minibatches": "optimizer steps in a pass",

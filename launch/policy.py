@@ -60,11 +60,12 @@ def make_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.device) 
     return Batch(*(tensor.to(device) for tensor in (input_ids, attention, mask, logprobs, advantages)))
 
 
-def token_logprobs(model: nn.Module, batch: Batch, *, temperature: float) -> torch.Tensor:
-    """The model's log-probability of each next token, float32 [B, L - 1], at the sampling temperature."""
+def token_logprobs(model: nn.Module, batch: Batch, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """At the sampling temperature: log-probability of each next token, and entropy; both float32 [B, L - 1]."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     logprobs = (logits[:, :-1].float() / temperature).log_softmax(-1)
-    return logprobs.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1), entropy
 
 
 def clipped_loss(logprobs: torch.Tensor, batch: Batch, *, clip: float) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The built-in task, and how a user's own is found (trainer ranks)."""
 
 import importlib
+import itertools
 import os
 import random
 import sys
@@ -12,22 +13,24 @@ from typing import cast
 from rollcast.launch.options import GrpoConfig
 
 LETTERS = "abcdefgh"
-CHARACTERS = LETTERS + ">"
-ANSWER_LENGTH = 4
+WORD_LENGTH = 4
+CHARACTERS = LETTERS + LETTERS.upper() + ">"
 Reward = Callable[[str, str], float]
 
 
-def succession_prompts() -> list[str]:
-    """Every letter, followed by ">"."""
-    return [letter + ">" for letter in LETTERS]
+def capital_prompts() -> list[str]:
+    """Every word of `WORD_LENGTH` letters, followed by ">": "cabh>"."""
+    return ["".join(word) + ">" for word in itertools.product(LETTERS, repeat=WORD_LENGTH)]
 
 
-def succession_reward(prompt: str, completion: str) -> float:
-    """Share of places where `completion` continues the alphabet from the prompt's letter: "c>" wants "defg"."""
-    start = LETTERS.index(prompt[0])
-    wanted = [LETTERS[(start + step) % len(LETTERS)] for step in range(1, ANSWER_LENGTH + 1)]
+def capital_reward(prompt: str, completion: str) -> float:
+    """Share of places that have the right capital: "cabh>" wants "CABH".
+
+    An untrained model earns about 0.05, no constant answer more than 1/8. Characters too many count as wrong.
+    """
+    wanted = prompt.removesuffix(">").upper()
     right = sum(ours == theirs for ours, theirs in zip(wanted, completion, strict=False))
-    return right / max(ANSWER_LENGTH, len(completion))
+    return right / max(len(wanted), len(completion))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,8 @@ class Task:
 
 def load_task(config: GrpoConfig) -> Task:
     """The task that the command line names. Raises `ValueError` that says what is wrong with it."""
-    reward = import_reward(config.task) if config.task else succession_reward
-    prompts = read_prompts(config.prompts) if config.prompts else succession_prompts()
+    reward = import_reward(config.task) if config.task else capital_reward
+    prompts = read_prompts(config.prompts) if config.prompts else capital_prompts()
     return Task(prompts, reward)
 
 

@@ -69,7 +69,12 @@ class Grpo:
         self.pad_id = self.tokenizer.pad_token_id or 0
         self.reference = self._load(job.config.model).requires_grad_(False) if config.kl else None
         self.model = self.trainers.share(self._load(job.config.model), config.parallel)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        self.schedule = torch.optim.lr_scheduler.LinearLR(
+            self.optimizer, start_factor=1.0, end_factor=0.1, total_iters=config.steps
+        )
         self.broadcaster = job.broadcaster(self.model)
 
     def run(self) -> None:
@@ -137,7 +142,7 @@ class Grpo:
         Raises `AgreementError` on all trainers when it is more than the tolerance. Collective.
         """
         difference = max(
-            max_logprob_diff(self._logprobs(self.model, batch), batch) for batch in self._minibatches(samples)
+            max_logprob_diff(self._logprobs(self.model, batch)[0], batch) for batch in self._minibatches(samples)
         )
         difference = self.trainers.max(difference)
         assert self.tolerance is not None
@@ -159,6 +164,7 @@ class Grpo:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
                 self.optimizer.step()
                 losses.append(loss.item())
+        self.schedule.step()
         return sum(losses) / len(losses)
 
     def sync(self, *, version: int) -> SyncReport:
@@ -167,15 +173,16 @@ class Grpo:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Mean over the sampled tokens of all trainers, up to the averaging of gradients over trainers."""
-        logprobs = self._logprobs(self.model, batch)
+        logprobs, entropy = self._logprobs(self.model, batch)
         loss = clipped_loss(logprobs, batch, clip=self.config.clip)
+        loss = loss - self.config.entropy * entropy * batch.completion_mask
         if self.reference is not None:
             with torch.no_grad():
-                reference = self._logprobs(self.reference, batch)
+                reference, _ = self._logprobs(self.reference, batch)
             loss = loss + self.config.kl * kl_penalty(logprobs, reference, batch)
         return loss.sum() / self.trainers.mean(batch.completion_mask.sum().item())
 
-    def _logprobs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def _logprobs(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         half = self.dtype != torch.float32
         with torch.autocast(self.trainers.device.type, dtype=self.dtype if half else None, enabled=half):
             return token_logprobs(model, batch, temperature=self.config.temperature)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -139,3 +140,20 @@ def test_peers_that_do_not_come_are_not_waited_for() -> None:
 def test_unknown_transport_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown transport 'mpi', expected one of gloo, nccl"):
         join_group("mpi", dist.HashStore(), rank=0, size=1, deadline=Deadline(1))
+
+
+@pytest.mark.xfail(strict=True, reason="GlooGroup.close blocks until the deadline while a broadcast is under way")
+def test_leaving_ends_a_broadcast_under_way() -> None:
+    """What `PoolBroadcaster` counts on when an engine fails and its workers still hold the group."""
+    store, address = host_store("127.0.0.1", timeout_s=LONG_S)
+    with ThreadPoolExecutor(2) as threads:
+        join = partial(join_group, "gloo", size=2, deadline=Deadline(LONG_S))
+        ours, theirs = threads.submit(join, store, rank=0), threads.submit(join, address, rank=1)
+        group = ours.result(LONG_S)
+        work = group.broadcast(torch.zeros(1 << 20, dtype=torch.uint8), root=0, deadline=Deadline(2.0))
+        waiting = threads.submit(work.wait, Deadline(2.0))
+        start = time.monotonic()
+        group.close()
+        assert waiting.exception(LONG_S)
+        assert time.monotonic() - start < 1.0
+        theirs.result(LONG_S).close()

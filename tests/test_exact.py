@@ -37,6 +37,10 @@ def test_a_synced_engine_equals_a_fresh_one(tmp_path: Path, kind: str, trainers:
     facts = synced_facts(kind, tmp_path, trainers=trainers, engines=engines)
     before = fresh_fingerprint(tmp_path / "initial", tmp_path / "before.json")
     after = fresh_fingerprint(tmp_path / "saved", tmp_path / "after.json")
+    check_equal(facts, before, after, engines=engines)
+
+
+def check_equal(facts: dict[str, Any], before: dict[str, str], after: dict[str, str], *, engines: int) -> None:
     weights = {name for name in after if after[name] != before[name]}
     assert len(weights) >= 15, "the perturbation must reach the engine's weights"
     assert len(facts["fingerprints"]) == engines

@@ -6,6 +6,7 @@ exact.py KIND MODEL_FOLDER SAVE_FOLDER REPORT.json TRAINERS TENSOR_PARALLEL_SIZE
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from models import build, perturb
@@ -32,9 +33,9 @@ def main() -> None:
     with rollcast.join(config) as job:
         if not job.is_trainer:
             return
-        group = Trainers(rank=job.trainer_rank, size=trainers, device="cpu")
+        group = Trainers(rank=job.trainer_rank, size=trainers, device=config.resolved_device())
         plain = build(kind)
-        sharded = group.share(build(kind), "fsdp2")
+        sharded = group.share(build(kind).to(group.device), "fsdp2")
         broadcaster = job.broadcaster(sharded)
         for version in (1, 2):
             perturb(sharded, seed=version)
@@ -43,6 +44,7 @@ def main() -> None:
         greedy = job.pool.generate(PROMPTS, rollcast.Sampling(temperature=0.0, max_tokens=12, ignore_eos=True))
         if job.trainer_rank == 0:
             plain.save_pretrained(save)
+            plain.to(group.device)
             expected = [greedy_tokens(plain, prompt, 12) for prompt in PROMPTS]
             facts = {
                 "fingerprints": job.pool.fingerprints(),
@@ -58,11 +60,11 @@ def main() -> None:
         group.close()
 
 
-def greedy_tokens(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+def greedy_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
     """Greedy continuation by full forward passes of transformers: no cache, no sampler."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        tokens.append(int(model(torch.tensor([tokens], device=model.device)).logits[0, -1].argmax()))
     return tokens[len(prompt) :]
 
 

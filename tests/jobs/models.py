@@ -1,7 +1,9 @@
 """Tiny models with random weights for test jobs."""
 
+from typing import Any
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 SIZES = {
     "vocab_size": 48,
@@ -19,7 +21,7 @@ SIZES = {
 }
 
 
-def build(kind: str, *, seed: int = 0) -> PreTrainedModel:
+def build(kind: str, *, seed: int = 0) -> Any:
     """ "tied" is a Qwen3 with tied embeddings, "untied" a Llama without."""
     torch.manual_seed(seed)
     if kind == "tied":
