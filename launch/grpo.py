@@ -43,6 +43,7 @@ def run(config: GrpoConfig, world: World) -> None:
     with ExitStack() as stack:
         if world.is_trainer:
             end_soon_on_signals()
+            silence_transformers()
         status = stack.enter_context(console.status(f"starting {world.engines} vLLM engine(s)"))
         folder = share_run_folder(world, config)
         rollout = rollout_config(config, folder)
@@ -96,12 +97,17 @@ def rollout_config(config: GrpoConfig, folder: Path) -> RolloutConfig:
     return replace(rollout, enforce_eager=rollout.resolved_device() == "cpu" if eager is None else eager)
 
 
-def prepare_task(config: GrpoConfig, rollout: RolloutConfig) -> Task:
-    """Load the task and see that its prompts fit the model, before any engine starts."""
-    from transformers import AutoTokenizer
+def silence_transformers() -> None:
+    """No progress bars of its own: they would tear the display."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def prepare_task(config: GrpoConfig, rollout: RolloutConfig) -> Task:
+    """Load the task and see that its prompts fit the model, before any engine starts."""
+    from transformers import AutoTokenizer
+
     task = load_task(config)
     rollout.model_config()
     tokenizer = AutoTokenizer.from_pretrained(rollout.model)

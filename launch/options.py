@@ -28,7 +28,7 @@ class GrpoConfig:
     device: str = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None
-    steps: int = 45
+    steps: int = 60
     prompts_per_step: int = 32
     samples_per_prompt: int = 16
     max_tokens: int = 4
