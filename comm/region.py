@@ -37,6 +37,8 @@ class Region:
     @property
     def is_contiguous(self) -> bool:
         """Whether the elements follow each other without a gap, in order."""
+        if self.numel == 0:
+            return True
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and stride != expected:

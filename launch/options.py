@@ -15,6 +15,20 @@ new weights go from one to the other in memory after every step.
 """
 
 
+AT_LEAST_ONE = (
+    "trainers",
+    "tensor_parallel_size",
+    "steps",
+    "prompts_per_step",
+    "samples_per_prompt",
+    "max_tokens",
+    "epochs",
+    "minibatches",
+    "bucket_mib",
+)
+POSITIVE = ("temperature", "learning_rate", "clip", "max_grad_norm", "sync_timeout_s")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GrpoConfig:
     """Settings of `rollcast.launch.grpo`. The help texts are in `HELP`."""
@@ -49,9 +63,12 @@ class GrpoConfig:
     runs: str = "runs"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "samples_per_prompt", "max_tokens", "epochs", "minibatches"):
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.prompts_per_step % self.trainers:
             raise ValueError(
                 f"prompts_per_step {self.prompts_per_step} cannot be split evenly over {self.trainers} trainers"
@@ -62,8 +79,6 @@ class GrpoConfig:
             )
         if self.samples_per_prompt < 2:
             raise ValueError("samples_per_prompt must be at least 2: GRPO compares samples of one prompt")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}: GRPO has to explore")
 
 
 HELP = {

@@ -72,15 +72,15 @@ def clipped_loss(logprobs: torch.Tensor, batch: Batch, *, clip: float) -> torch.
     """PPO's clipped surrogate against the engine's own log-probabilities, float32 [B, L - 1], 0 outside the mask."""
     ratio = (logprobs - batch.rollout_logprobs).exp()
     surrogate = torch.minimum(ratio * batch.advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * batch.advantages)
-    return -surrogate * batch.completion_mask
+    return torch.where(batch.completion_mask > 0, -surrogate, 0.0)
 
 
 def kl_penalty(logprobs: torch.Tensor, reference: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Schulman's k3 estimate of KL(policy || reference) at each sampled token, float32 [B, L - 1]."""
     delta = reference - logprobs
-    return (delta.exp() - delta - 1.0) * batch.completion_mask
+    return torch.where(batch.completion_mask > 0, delta.exp() - delta - 1.0, 0.0)
 
 
 def max_logprob_diff(logprobs: torch.Tensor, batch: Batch) -> float:
     """Largest difference between the trainer's and the engine's log-probability of a sampled token."""
-    return ((logprobs - batch.rollout_logprobs).abs() * batch.completion_mask).max().item()
+    return torch.where(batch.completion_mask > 0, (logprobs - batch.rollout_logprobs).abs(), 0.0).max().item()

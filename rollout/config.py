@@ -13,6 +13,7 @@ from rollcast.rollout.errors import PreflightError
 PAUSE_MODES = ("keep", "wait", "abort")
 PREFIX_CACHE_POLICIES = ("clear", "keep")
 DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,9 @@ class RolloutConfig:
         for name in ("trainers", "tensor_parallel_size", "bucket_bytes", "sync_timeout_s", "start_timeout_s"):
             if getattr(self, name) <= 0:
                 raise PreflightError(f"{name} must be positive, got {getattr(self, name)}")
-        if not isinstance(getattr(torch, self.resolved_dtype(), None), torch.dtype):
-            raise PreflightError(f"dtype {self.dtype!r} is not a torch dtype; use auto, float32 or bfloat16")
+        if self.max_model_len is not None and self.max_model_len <= 0:
+            raise PreflightError(f"max_model_len must be positive, got {self.max_model_len}")
+        _one_of("dtype", self.resolved_dtype(), DTYPES)
 
     def model_config(self) -> dict[str, Any]:
         """config.json of the model; the language part where there are several."""

@@ -8,7 +8,7 @@ and calls no loader. What cannot be expressed so is refused by name, never guess
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ aten = torch.ops.aten
 
 # Copies that keep every element and its place: reading through them is reading the source.
 FAITHFUL_COPIES = frozenset({aten.clone.default, aten._to_copy.default})
+# Operations that look at a tensor's shape and dtype only.
+SHAPE_ONLY = frozenset(
+    {aten.empty_like.default, aten.new_empty.default, aten.zeros_like.default, aten.ones_like.default}
+)
 
 
 class LandingError(RollcastError):
@@ -94,11 +98,11 @@ class Recorder(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if not any(self._is_tracked(tensor) for tensor in tensors):
             return func(*args, **kwargs)
-        if func is aten.copy_.default and _storage(args[0]) in self._live:
+        if func is aten.copy_.default and self._is_live(args[0]):
             self._note_copy(args[0], args[1])
             return args[0]
         if func._schema.is_mutable:
-            if func in (aten.zero_.default, aten.fill_.Scalar) and _storage(args[0]) in self._live:
+            if func in (aten.zero_.default, aten.fill_.Scalar) and self._is_live(args[0]):
                 self._note_fill(args[0])
                 return args[0]
             raise LandingError(f"the loader changes a tensor in place ({func})")
@@ -108,13 +112,23 @@ class Recorder(TorchDispatchMode):
         if func in FAITHFUL_COPIES and self._is_source(args[0]):
             index, region = self._origin(args[0])
             self._copies[_storage(result)] = (index, region, result)
+        elif any(self._is_live(tensor) for tensor in tensors) and func not in SHAPE_ONLY:
+            self._refuse_unless_view(func, result)
         return result
+
+    def _refuse_unless_view(self, func: Any, result: Any) -> None:
+        for leaf in tree_leaves(result):
+            if not isinstance(leaf, torch.Tensor) or not self._is_live(leaf):
+                raise LandingError(f"the loader computes with a live parameter ({func})")
+
+    def _is_live(self, tensor: torch.Tensor) -> bool:
+        return _storage(tensor) in self._live
 
     def _is_source(self, tensor: torch.Tensor) -> bool:
         return _storage(tensor) in self._sources or _storage(tensor) in self._copies
 
     def _is_tracked(self, tensor: torch.Tensor) -> bool:
-        return _storage(tensor) in self._live or self._is_source(tensor)
+        return self._is_live(tensor) or self._is_source(tensor)
 
     def _origin(self, tensor: torch.Tensor) -> tuple[int, Region]:
         """The manifest parameter and the region of it that `tensor` holds."""
@@ -124,15 +138,17 @@ class Recorder(TorchDispatchMode):
         if key not in self._copies:
             raise LandingError("the loader computes the value instead of copying it")
         index, region, copy = self._copies[key]
-        if tensor.shape != copy.shape or tensor.stride() != copy.stride():
+        if (tensor.shape, tensor.stride(), tensor.dtype) != (copy.shape, copy.stride(), copy.dtype):
             raise LandingError("the loader takes a part of a copy")
         return index, region
 
     def _note_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        if not self._is_source(source) and not source.is_meta:
+        if not self._is_tracked(source) and not source.is_meta:
             self._note_fill(target)
             return
         index, region = self._origin(source)
+        if source.dtype != target.dtype and not _widens(region.dtype, source.dtype):
+            raise LandingError(f"the loader casts {region.dtype} to {source.dtype} on the way to {target.dtype}")
         if source.shape != target.shape:
             if source.numel() != target.numel():
                 raise LandingError(f"the loader stretches {list(source.shape)} to {list(target.shape)}")
@@ -146,7 +162,10 @@ class Recorder(TorchDispatchMode):
 
     def _note_fill(self, target: torch.Tensor) -> None:
         name, base = self._live[_storage(target)]
-        self.fills.append((name, Region.of(target, base_offset_bytes=base)))
+        region = Region.of(target, base_offset_bytes=base)
+        if any(move.target == name and _overlap(move.region, region) for move in self.moves):
+            raise LandingError(f"the loader overwrites a part of {name} that it has loaded")
+        self.fills.append((name, region))
 
 
 def compile_landing(
@@ -208,6 +227,18 @@ def _intervals(region: Region) -> list[tuple[int, int]]:
         run *= dims.pop()[0]
     starts = [sum(steps) for steps in product(*(range(0, size * stride, stride) for size, stride in dims))]
     return [(region.offset + start, region.offset + start + run) for start in starts]
+
+
+def _widens(narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether every value of `narrow` is one of `wide`."""
+    if narrow == wide:
+        return True
+    return narrow.is_floating_point and wide.is_floating_point and torch.promote_types(narrow, wide) == wide
+
+
+def _overlap(first: Region, second: Region) -> bool:
+    runs = sorted(_intervals(first) + _intervals(second))
+    return any(start < end for (_, end), (start, _) in pairwise(runs))
 
 
 def _coverage(numel: int, written: list[tuple[int, int]], filled: list[tuple[int, int]]) -> str | None:

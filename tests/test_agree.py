@@ -142,7 +142,6 @@ def test_unknown_transport_is_refused() -> None:
         join_group("mpi", dist.HashStore(), rank=0, size=1, deadline=Deadline(1))
 
 
-@pytest.mark.xfail(strict=True, reason="GlooGroup.close blocks until the deadline while a broadcast is under way")
 def test_leaving_ends_a_broadcast_under_way() -> None:
     """What `PoolBroadcaster` counts on when an engine fails and its workers still hold the group."""
     store, address = host_store("127.0.0.1", timeout_s=LONG_S)

@@ -72,13 +72,11 @@ def test_bad_values_end_with_a_message(flags: str, words: str, capsys: pytest.Ca
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="GrpoConfig divides by trainers before it checks them")
 def test_no_trainers_end_with_a_message() -> None:
     with pytest.raises(SystemExit):
         parse(["--trainers", "0"])
 
 
-@pytest.mark.xfail(strict=True, reason="GrpoConfig takes them")
 @pytest.mark.parametrize("flags", ["--trainers -1", "--tensor-parallel-size 0", "--clip -0.2", "--learning-rate -1"])
 def test_values_that_fail_later_end_with_a_message(flags: str) -> None:
     with pytest.raises(SystemExit):

@@ -183,7 +183,6 @@ def test_largest_difference_counts_sampled_tokens_only(model: nn.Module, samples
     assert max_logprob_diff(elsewhere, batch) == pytest.approx(max(gaps), abs=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="inf times a mask of 0 is nan: use torch.where")
 def test_padding_never_poisons_the_loss(samples: list[Sample]) -> None:
     batch = batch_of(samples)
     policy = torch.where(batch.completion_mask == 0, -100.0, -1.0)

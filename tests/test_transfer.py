@@ -140,7 +140,6 @@ def test_a_receiver_that_never_answers_fails_the_others_within_their_deadline() 
         assert isinstance(received.exception(LONG_S), RuntimeError | TimeoutError)
 
 
-@pytest.mark.xfail(strict=True, reason="broadcasts that BucketBuffers keeps hold the sockets of a closed group open")
 def test_a_sender_that_failed_and_left_fails_its_receivers_at_once() -> None:
     broadcaster, (receiver,) = sides(large_source())
     with Ranks(3) as job, within(SHORT_S / 2):
@@ -152,7 +151,6 @@ def test_a_sender_that_failed_and_left_fails_its_receivers_at_once() -> None:
             receive(receiver, job.groups[2], SHORT_S)
 
 
-@pytest.mark.xfail(strict=True, reason="broadcasts that BucketBuffers keeps hold the sockets of a closed group open")
 def test_a_landing_that_raises_fails_the_sender_at_once() -> None:
     broadcaster, (receiver,) = sides(large_source())
     with Ranks(2) as job, within(SHORT_S / 2):
