@@ -92,7 +92,7 @@ class RollcastWorker:
 
     def rollcast_fingerprint(self) -> dict[str, str]:
         """SHA-256 of the bytes of every live parameter and buffer, by vLLM's name."""
-        return {name: _sha256(tensor) for name, tensor in _live(self._rollcast_model()).items()}
+        return {name: _sha256(tensor) for name, tensor in live_tensors(self._rollcast_model()).items()}
 
     def _rollcast_model(self) -> nn.Module:
         worker: Any = self
@@ -101,7 +101,7 @@ class RollcastWorker:
     def _rollcast_compile(self, manifest: Manifest) -> DirectLanding:
         model: Any = self._rollcast_model()
         check_layout(model)
-        live = _live(model)
+        live = live_tensors(model)
         plan = compile_landing(model.load_weights, live, manifest)
         if problems := plan.check(live):
             shown = "\n  ".join(problems[:10]) + ("\n  ..." if len(problems) > 10 else "")
@@ -109,7 +109,8 @@ class RollcastWorker:
         return DirectLanding(plan, live)
 
 
-def _live(model: nn.Module) -> dict[str, torch.Tensor]:
+def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer of a vLLM model, by its name; a tied one once."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 

@@ -30,12 +30,10 @@ class Case(NamedTuple):
     live_dtype: torch.dtype = torch.float32
 
     def weights(self, *, seed: int) -> Tensors:
-        """A checkpoint."""
         torch.manual_seed(seed)
         return {name: (torch.randn(shape) * 8).to(self.source_dtype) for name, shape in self.sources.items()}
 
     def parameters(self) -> Tensors:
-        """Live parameters before anything is loaded."""
         random = {name: (torch.randn(shape) * 8).to(self.live_dtype) for name, shape in self.live.items()}
         return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in random.items()}
 
@@ -62,7 +60,7 @@ def into(part: Change) -> Loader:
 
 
 def then(change: Change) -> Loader:
-    """Copies, and changes the parameter afterwards."""
+    """Copies, then changes the parameter."""
     return lambda live, name, w: (live[name].data.copy_(w), change(live[name].data))
 
 
@@ -87,11 +85,10 @@ def padded_vocabulary(live: Tensors, name: str, w: torch.Tensor) -> None:
 
 def zeroed_first(live: Tensors, name: str, w: torch.Tensor) -> None:
     live[name].data.zero_()
-    live[name].data[0].fill_(3.0)
+    live[name].data[0].copy_(torch.arange(3.0))
     live[name].data[1, :2].copy_(w)
 
 
-E4M3 = torch.float8_e4m3fn
 EXACT = {
     "plain": Case(each(lambda w: w), {"a": (3, 4), "b": ()}, {"a": (3, 4), "b": ()}),
     "fused qkv": Case(fused_qkv, {"q": (8, 6), "k": (4, 6), "v": (4, 6)}, {"qkv": (16, 6)}),
@@ -114,7 +111,7 @@ EXACT = {
     "zero elements": Case(each(lambda w: w), {"a": (0, 4), "b": (2,)}, {"a": (0, 4), "b": (2,)}),
     "cast on copy": Case(each(lambda w: w), {"a": (50, 3)}, {"a": (50, 3)}, torch.float32, torch.bfloat16),
     "cast by to": Case(each(lambda w: w.bfloat16()), {"a": (50, 3)}, {"a": (50, 3)}, torch.float32, torch.bfloat16),
-    "fp8": Case(each(lambda w: w), {"a": (50,)}, {"a": (50,)}, E4M3, E4M3),
+    "fp8": Case(each(lambda w: w), {"a": (50,)}, {"a": (50,)}, torch.float8_e4m3fn, torch.float8_e4m3fn),
     "clone": Case(each(lambda w: w.clone()), {"a": (4, 3)}, {"a": (4, 3)}),
     "contiguous": Case(each(lambda w: w.t().contiguous()), {"a": (4, 4)}, {"a": (4, 4)}),
     "copy of a part": Case(each(lambda w: w[1:, 2:].clone().contiguous()), {"a": (4, 4)}, {"a": (3, 2)}),
@@ -127,21 +124,24 @@ EXACT = {
 @pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
 def test_replay_is_the_loader_bit_for_bit(case: Case) -> None:
     live = case.loaded(seed=1)
-    before = {name: tensor.clone() for name, tensor in live.items()}
     plan = case.compile(live)
-    assert changed(live, before) == []
     assert plan.check(live) == []
     assert changed(replay(plan, live, case.weights(seed=2)), case.loaded(seed=2)) == []
 
 
-def test_replay_follows_tied_targets() -> None:
-    """The embedding and the output layer are one parameter under two names; the checkpoint has the first."""
-    case = EXACT["plain"]
+@pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
+def test_compiling_writes_nothing(case: Case) -> None:
     live = case.parameters()
+    before = {name: tensor.clone() for name, tensor in live.items()}
+    case.compile(live)
+    assert changed(live, before) == []
+
+
+def test_replay_follows_tied_targets() -> None:
+    case, live = EXACT["plain"], EXACT["plain"].parameters()
     live["head"] = live["a"]
-    weights = case.weights(seed=2)
-    replay(case.compile(live), live, weights)
-    assert torch.equal(live["head"], weights["a"])
+    replay(case.compile(live), live, case.weights(seed=2))
+    assert torch.equal(live["head"], case.weights(seed=2)["a"])
 
 
 def test_replay_reaches_parameters_that_share_a_storage() -> None:
@@ -201,13 +201,18 @@ def test_check_names_what_does_not_fit(loader: Loader, sent: str, words: list[st
     assert all(re.match(start, problem) for problem, start in zip(problems, words, strict=True)), problems
 
 
+def onwards(change: Change) -> Loader:
+    """Copies into a parameter, and from that into another."""
+    return lambda live, _, w: (live["a"].data.copy_(w), live["b"].data.copy_(change(live["a"].data)))
+
+
 A: Shapes = {"a": (50,)}
+AB: Shapes = {"a": (50,), "b": (50,)}
 SILENT = {
     # vLLM's composed_weight_loader does this to Mamba's A, and in LongCat-Flash and PLaMo 3.
     "computed from the parameter": Case(then(lambda t: t.copy_(-torch.exp(t))), A, A),
-    "copied from another parameter": Case(
-        lambda live, _, w: (live["a"].data.copy_(w), live["b"].data.copy_(live["a"])), A, {"a": (50,), "b": (50,)}
-    ),
+    "copied from another parameter": Case(onwards(lambda t: t), A, AB),
+    "computed from another parameter": Case(onwards(lambda t: t * 2), A, AB),
     "filled over what was written": Case(then(lambda t: t[2:].zero_()), A, A),
     "cast to less than the target": Case(each(lambda w: w.bfloat16()), A, A),
     "cast to an integer": Case(each(lambda w: w.int()), A, A),
@@ -215,7 +220,11 @@ SILENT = {
 }
 
 
-@pytest.mark.parametrize("case", SILENT.values(), ids=SILENT)
+TWO_CASTS = Case(each(lambda w: w.bfloat16().float()), A, A)
+MISSED = pytest.mark.xfail(strict=True, reason="only the last of two casts is looked at")
+
+
+@pytest.mark.parametrize("case", [*SILENT.values(), pytest.param(TWO_CASTS, marks=MISSED)], ids=[*SILENT, "two casts"])
 def test_nothing_is_silently_wrong(case: Case) -> None:
     """Refused, reported, or right."""
     live = case.loaded(seed=1)
@@ -232,7 +241,6 @@ def replay(plan: LandingPlan, live: Tensors, weights: Tensors) -> Tensors:
     landing = DirectLanding(plan, live)
     for index, weight in enumerate(weights.values()):
         landing.land(index, weight)
-    landing.commit()
     return live
 
 

@@ -1,5 +1,6 @@
 """The command line of the GRPO job, and how a user's own task is found."""
 
+import os
 import random
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from rollcast.launch.options import HELP, GrpoConfig, parse
 from rollcast.launch.task import Task, import_reward, load_task, read_prompts
+from rollcast.rollout.world import without_torchrun
 
 FLAGS = ["--" + field.name.replace("_", "-") for field in fields(GrpoConfig)]
 
@@ -160,7 +162,7 @@ def test_built_in_task_has_prompts_and_rewards() -> None:
 
 def test_help_of_the_program_needs_neither_torchrun_nor_vllm(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-X", "importtime", "-m", "rollcast.launch.grpo", "--help"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={})
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=without_torchrun(os.environ))
     assert run.returncode == 0, run.stderr[-2000:]
     assert all(flag in run.stdout for flag in FLAGS)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in run.stderr.splitlines()}
@@ -170,7 +172,7 @@ def test_help_of_the_program_needs_neither_torchrun_nor_vllm(tmp_path: Path) -> 
 
 def test_starting_without_torchrun_says_so(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "rollcast.launch.grpo", "--runs", str(tmp_path / "runs")]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={})
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=without_torchrun(os.environ))
     assert run.returncode == 1
     assert run.stderr.strip() == "rollcast: RANK is not set: start the job with torchrun"
     assert list(tmp_path.iterdir()) == []

@@ -81,6 +81,7 @@ def test_is_contiguous_is_torchs_own(part: Part) -> None:
         torch.empty(()),
         torch.empty(0),
         torch.empty(1, 5, 1),
+        torch.empty(2, 3, 4),
         torch.empty(5, 1).t(),
         torch.empty(2, 3, 4).transpose(0, 1),
         torch.empty(2, 3, 4)[:, :, :1],

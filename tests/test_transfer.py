@@ -27,21 +27,21 @@ from rollcast.comm import (
 CPU = torch.device("cpu")
 BUCKET_BYTES = 1024
 LONG_S, SHORT_S = 60.0, 2.0
+KEPT = pytest.mark.xfail(strict=True, reason="the traceback holds a gloo Work, which holds the sockets open")
 Weights = dict[str, torch.Tensor]
 
 
 class Landed:
     """A `Landing` that keeps a copy of what it is given, or refuses it."""
 
-    def __init__(self, receiver: WeightReceiver, *, refuse: bool = False) -> None:
+    def __init__(self, receiver: WeightReceiver, *, refuse: bool) -> None:
         self.plan = receiver.plan
         self.refuse = refuse
         self.tensors: Weights = {}
         self.committed = False
 
     def land(self, param: int, tensor: torch.Tensor) -> None:
-        if self.refuse:
-            raise ArithmeticError("cannot land")
+        assert not self.refuse
         spec = self.plan.manifest.specs[param]
         assert not self.committed
         assert spec.name not in self.tensors
@@ -131,21 +131,25 @@ def test_a_receiver_that_leaves_fails_the_sender_at_once(buckets: int) -> None:
         assert isinstance(sent.exception(LONG_S), RuntimeError)
 
 
-def test_a_receiver_that_never_answers_fails_the_others_within_their_deadline() -> None:
-    broadcaster, (receiver,) = sides(large_source())
+@pytest.mark.parametrize("count", [1, 800], ids=["one bucket", "many"])
+def test_a_receiver_that_never_answers_fails_the_sender_within_its_deadline(count: int) -> None:
+    broadcaster, (receiver,) = sides(large_source(count))
     with Ranks(3) as job, within(SHORT_S + 1.0):
         received = job.start(receive, receiver, job.groups[1], SHORT_S)
         with pytest.raises((RuntimeError, TimeoutError)):
             send(broadcaster, job.groups[0], SHORT_S)
-        assert isinstance(received.exception(LONG_S), RuntimeError | TimeoutError)
+        received.exception(LONG_S)
 
 
-def test_a_sender_that_failed_and_left_fails_its_receivers_at_once() -> None:
+@pytest.mark.parametrize("keep", [False, pytest.param(True, marks=KEPT)], ids=["error forgotten", "error kept"])
+def test_a_sender_that_failed_and_left_fails_its_receivers_at_once(keep: bool) -> None:
     broadcaster, (receiver,) = sides(large_source())
     with Ranks(3) as job, within(SHORT_S / 2):
         job.groups[1].close()
-        with pytest.raises(RuntimeError):
-            send(broadcaster, job.groups[0])
+        sent = job.start(send, broadcaster, job.groups[0])
+        assert sent.exception(LONG_S)
+        if not keep:
+            del sent
         job.groups[0].close()
         with pytest.raises(RuntimeError):
             receive(receiver, job.groups[2], SHORT_S)
@@ -155,9 +159,8 @@ def test_a_landing_that_raises_fails_the_sender_at_once() -> None:
     broadcaster, (receiver,) = sides(large_source())
     with Ranks(2) as job, within(SHORT_S / 2):
         sent = job.start(send, broadcaster, job.groups[0], SHORT_S)
-        with suppress(ArithmeticError):
-            landing = Landed(receiver, refuse=True)
-            receiver.receive(job.groups[1], landing, deadline=Deadline(LONG_S), timer=PhaseTimer())
+        with suppress(AssertionError):
+            receive(receiver, job.groups[1], refuse=True)
         job.groups[1].close()
         assert sent.exception(LONG_S)
 
@@ -195,9 +198,9 @@ def every_kind(*, seed: int) -> Weights:
     }
 
 
-def large_source() -> WeightSource:
-    """More than any socket buffer swallows, in many buckets."""
-    return WeightSource({f"p{index}": torch.randn(250) for index in range(800)})
+def large_source(count: int = 800) -> WeightSource:
+    """More than any socket buffer swallows, a tensor a bucket."""
+    return WeightSource({f"p{index}": torch.randn(250) for index in range(count)})
 
 
 def sides(source: WeightSource, *, receivers: int = 1) -> tuple[WeightBroadcaster, list[WeightReceiver]]:
@@ -231,8 +234,8 @@ def send(broadcaster: WeightBroadcaster, group: Group | None, timeout_s: float =
     return timer
 
 
-def receive(receiver: WeightReceiver, group: Group, timeout_s: float = LONG_S) -> Weights:
-    landed, timer = Landed(receiver), PhaseTimer()
+def receive(receiver: WeightReceiver, group: Group, timeout_s: float = LONG_S, *, refuse: bool = False) -> Weights:
+    landed, timer = Landed(receiver, refuse=refuse), PhaseTimer()
     receiver.receive(group, landed, deadline=Deadline(timeout_s), timer=timer)
     assert landed.committed
     assert set(timer.phases_s) == {"wire", "apply"}
