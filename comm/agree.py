@@ -1,40 +1,81 @@
 """Small agreements between the trainer ranks, over the job's store (trainer)."""
 
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
 from torch import distributed as dist
 
 from rollcast.comm.deadline import Deadline
 
+# Ranks other than 0 wait a little longer than rank 0: its verdict may say who was late.
+MARGIN_S = 2.0
+NOW = timedelta(milliseconds=1)
+
 
 class Agreement:
-    """Lets every trainer rank know what each of them has to say.
+    """Lets rank 0 decide, from what every rank has to say, and tells all of them.
 
-    words = agreement.gather("ready", deadline=Deadline(60))
+        verdict = agreement.decide("sync 3", word, first_error, deadline=Deadline(60))
+
+    A topic is used once. Every rank gets the same verdict, however late it comes.
     """
 
     def __init__(self, store: dist.Store, *, rank: int, size: int) -> None:
         self._store = store
         self._rank = rank
         self._size = size
-        self._round = 0
+        self._verdicts: list[str] = []
 
-    def gather(self, word: str, *, deadline: Deadline) -> list[str]:
-        """Return the words of all ranks, in rank order. Collective. `TimeoutError` names a rank that is missing."""
+    def decide(self, topic: str, word: str, judge: Callable[[Sequence[str]], str], *, deadline: Deadline) -> str:
+        """Return `judge(words of all ranks, in rank order)`, called on rank 0 only. Collective.
+
+        When a rank does not come in time the verdict says so. Raises `TimeoutError` if rank 0 does not come.
+        """
         if self._size == 1:
-            return [word]
-        self._round += 1
-        self._store.set(self._key(self._rank), word)
-        words = [self._get(rank, deadline) for rank in range(self._size)]
-        # Whoever has gathered this round proves that all have finished the one before.
-        self._store.delete_key(self._key(self._rank, round_=self._round - 1))
-        return words
+            return judge([word])
+        self._store.set(f"{topic}/{self._rank}", f"word {word}")
+        if self._rank:
+            return self._await_verdict(topic, deadline)
+        try:
+            words = [self._word(topic, rank, deadline) for rank in range(self._size)]
+            # Whoever is here has read the verdicts of earlier topics.
+            for key in self._verdicts:
+                self._store.delete_key(key)
+            self._verdicts.clear()
+            verdict = judge(words)
+        except TimeoutError as late:
+            verdict = str(late)
+        self._store.set(f"{topic}/verdict", verdict)
+        self._verdicts.append(f"{topic}/verdict")
+        return verdict
 
-    def _get(self, rank: int, deadline: Deadline) -> str:
-        key = self._key(rank)
+    def _word(self, topic: str, rank: int, deadline: Deadline) -> str:
+        absent = TimeoutError(f"trainer rank {rank} did not come within {deadline.timeout_s:g} s")
+        key = f"{topic}/{rank}"
         try:
             self._store.wait([key], deadline.left(f"trainer rank {rank}"))
         except dist.DistStoreError:
-            raise TimeoutError(f"trainer rank {rank} did not answer within {deadline.timeout_s:g} s") from None
+            raise absent from None
+        kind, _, word = self._store.get(key).decode().partition(" ")
+        self._store.delete_key(key)
+        if kind != "word":
+            raise absent
+        return word
+
+    def _await_verdict(self, topic: str, deadline: Deadline) -> str:
+        key = f"{topic}/verdict"
+        try:
+            self._store.wait([key], timedelta(seconds=deadline.left_s() + MARGIN_S))
+        except dist.DistStoreError:
+            # Withdraw, so that a rank 0 that is merely late does not go on without this rank ...
+            self._store.set(f"{topic}/{self._rank}", "gone")
+            try:
+                self._store.wait([key], NOW)  # ... unless it just has.
+            except dist.DistStoreError:
+                raise TimeoutError(f"trainer rank 0 did not come within {deadline.timeout_s:g} s") from None
         return self._store.get(key).decode()
 
-    def _key(self, rank: int, round_: int | None = None) -> str:
-        return f"{self._round if round_ is None else round_}/{rank}"
+
+def first_error(words: Sequence[str]) -> str:
+    """A judge: every different word that is not empty."""
+    return "\n".join(dict.fromkeys(word for word in words if word))

@@ -15,15 +15,16 @@ from rollcast.comm.report import PhaseTimer
 class WeightBroadcaster:
     """Walks a source in manifest order and, on the sending rank, streams it bucket by bucket.
 
-        broadcaster = WeightBroadcaster(source, plan)
+        broadcaster = WeightBroadcaster(source, plan, device=torch.device("cpu"))
         broadcaster.send(group, deadline=Deadline(60), timer=PhaseTimer())      # group: None except on the sender
 
     Bucket k + 1 is packed while bucket k is on the wire. Buffers are made at the first send and kept.
     """
 
-    def __init__(self, source: WeightSource, plan: BucketPlan) -> None:
+    def __init__(self, source: WeightSource, plan: BucketPlan, *, device: torch.device) -> None:
         self._source = source
         self._plan = plan
+        self._device = device
         self._buffers: BucketBuffers | None = None
 
     def send(self, group: Group | None, *, deadline: Deadline, timer: PhaseTimer) -> None:
@@ -36,9 +37,10 @@ class WeightBroadcaster:
         try:
             if group is not None:
                 self._stream(group, tensors, deadline, timer)
-        finally:
-            for _ in tensors:
-                pass
+        except Exception:
+            drain(tensors)
+            raise
+        drain(tensors)
 
     def _stream(
         self,
@@ -48,7 +50,7 @@ class WeightBroadcaster:
         timer: PhaseTimer,
     ) -> None:
         if self._buffers is None:
-            self._buffers = BucketBuffers(self._plan.buffer_bytes, device=self._source.device)
+            self._buffers = BucketBuffers(self._plan.buffer_bytes, device=self._device)
         self._buffers.forget()
         tensor = torch.empty(0)
         for turn, bucket in enumerate(self._plan.buckets):
@@ -65,6 +67,12 @@ class WeightBroadcaster:
         with timer("wire"):
             for turn in range(COUNT):
                 self._buffers.wait(turn, deadline=deadline)
+
+
+def drain(tensors: Iterator[object]) -> None:
+    """Walk the rest, which the other ranks walk too."""
+    for _ in tensors:
+        pass
 
 
 def _timed(

@@ -17,29 +17,61 @@ class GlooWork:
 
     def __init__(self, work: Any) -> None:
         self._work = work
+        self._problem: str | None = None
 
     @property
-    def done(self) -> bool:
-        """Whether nothing is under way any more, for good or ill."""
-        return self._work is None or self._work.is_completed()
+    def under_way(self) -> bool:
+        """Whether gloo still reads or writes the tensor."""
+        work = self._work
+        return work is not None and not work.is_completed()
+
+    @property
+    def released(self) -> bool:
+        """Whether this no longer holds the group's sockets open."""
+        return self._work is None
 
     def wait(self, deadline: Deadline) -> None:
         """See `Work.wait`. Polled: gloo's own wait cannot be ended by `GlooGroup.close`."""
-        while not self.done:
+        while self.under_way:
             deadline.left("a gloo broadcast")
             time.sleep(POLL_S)
-        work = self._work
-        if work is None:
-            raise RuntimeError("the weight group was closed while a gloo broadcast was under way")
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise RuntimeError(f"a gloo broadcast failed: {error}") from None
+        self._settle()
+        if self._problem:
+            raise RuntimeError(self._problem)
 
     def release(self) -> Any:
-        """Give up the broadcast: whoever holds it holds the group's sockets open."""
+        """Give up the broadcast, if it is not over, and return what holds the group's sockets open."""
         work, self._work = self._work, None
+        if work is not None:
+            self._problem = "the weight group was closed while a gloo broadcast was under way"
         return work
+
+    def _settle(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            self._problem = _outcome(work)
+
+
+# Two functions that return what went wrong: a traceback through them would keep the group's sockets open.
+
+
+def _start(group: Any, tensor: torch.Tensor, options: Any) -> Any:
+    """The broadcast under way, or what kept it from starting."""
+    if group is None:
+        return "the weight group is closed"
+    try:
+        return group.broadcast([tensor], options)
+    except RuntimeError as error:
+        return f"a gloo broadcast failed: {error}"
+
+
+def _outcome(work: Any) -> str | None:
+    """What went wrong with a broadcast that is over, if anything."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        return f"a gloo broadcast failed: {error}"
+    return None
 
 
 class GlooGroup:
@@ -56,19 +88,25 @@ class GlooGroup:
 
     def broadcast(self, tensor: torch.Tensor, *, root: int, deadline: Deadline) -> GlooWork:
         """See `Group.broadcast`."""
-        if self._group is None:
-            raise RuntimeError("the weight group is closed")
         options = dist.BroadcastOptions()
         options.rootRank = root
         options.timeout = deadline.left("a gloo broadcast")
-        work = GlooWork(self._group.broadcast([tensor], options))
-        self._works = [*(earlier for earlier in self._works if not earlier.done), work]
+        started = _start(self._group, tensor, options)
+        if isinstance(started, str):
+            raise RuntimeError(started)
+        work = GlooWork(started)
+        self._works = [*(earlier for earlier in self._works if not earlier.released), work]
         return work
 
     def close(self) -> None:
         """See `Group.close`."""
-        # Dropping the last reference closes the sockets; gloo's own abort() leaves peers waiting. It also waits
-        # for broadcasts under way, at worst until their deadline: on a thread, so that the caller does not.
+        under_way = any(work.under_way for work in self._works)
         held = [self._group, *(work.release() for work in self._works)]
         self._group, self._works = None, []
-        threading.Thread(target=held.clear, name="gloo-close", daemon=True).start()
+        # Dropping the last reference closes the sockets; gloo's own abort() leaves peers waiting.
+        if under_way:
+            # It also waits for broadcasts under way, at worst until their deadline: not the caller. No daemon: a
+            # process that ends in the middle of it aborts.
+            threading.Thread(target=held.clear, name="gloo-close").start()
+        else:
+            held.clear()

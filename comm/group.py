@@ -75,8 +75,8 @@ def join_group(
 
 
 def reachable_host(towards: str) -> str:
-    """The address of this machine on the route to the host `towards` (no packet is sent)."""
-    family, *_, address = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    """The IPv4 address of this machine on the route to the host `towards` (no packet is sent)."""
+    *_, address = socket.getaddrinfo(towards, 9, family=socket.AF_INET, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(address)
         return probe.getsockname()[0]

@@ -98,24 +98,22 @@ class WeightSource:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         self._weights = weights
         self._dtype = dtype
-        self.manifest = Manifest(tuple(self._spec(name, t) for name, t in self._named().items()))
+        self.manifest = self.current()
 
     def __iter__(self) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
         """Yield (spec, full tensor on the trainer's device, still in the trainer's dtype). Collective.
 
         Raises `ValueError` before the first tensor when the weights no longer match the manifest.
         """
-        named = self._named()
-        now = Manifest(tuple(self._spec(name, tensor) for name, tensor in named.items()))
-        if difference := self.manifest.difference(now):
+        if difference := self.manifest.difference(self.current()):
             raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
+        named = self._named()
         for spec, tensor in zip(self.manifest.specs, named.values(), strict=True):
             yield spec, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the first weight."""
-        return next(iter(self._named().values())).device
+    def current(self) -> Manifest:
+        """The manifest of the weights as they are now. Not collective."""
+        return Manifest(tuple(self._spec(name, tensor) for name, tensor in self._named().items()))
 
     def _spec(self, name: str, tensor: torch.Tensor) -> ParamSpec:
         if tensor.is_meta:
@@ -140,13 +138,12 @@ def _state(weights: nn.Module | Mapping[str, torch.Tensor]) -> Iterator[tuple[st
         yield from weights.items()
         return
     module: nn.Module = weights.module if isinstance(weights, nn.parallel.DistributedDataParallel) else weights
-    # keep_vars: the parameters themselves, so that tied ones are recognised by identity on every rank alike.
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in module.state_dict().items():
         yield ".".join(level for level in name.split(".") if level not in WRAPPER_LEVELS), tensor
 
 
 def _identity(tensor: torch.Tensor) -> object:
-    """Equal for two names of one tensor. Never looks at a shard's address: ranks would disagree."""
-    if isinstance(tensor, DTensor | nn.Parameter) or tensor.numel() == 0:
-        return id(tensor)
-    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+    """Equal for two names of one tensor. The memory's identity, not its address: empty shards have no address."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    place = local.storage_offset(), tuple(local.shape), tuple(local.stride())
+    return local.untyped_storage()._cdata, place, tuple(tensor.shape), tensor.dtype

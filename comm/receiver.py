@@ -14,6 +14,10 @@ from rollcast.comm.report import PhaseTimer
 class Landing(Protocol):
     """Where received parameters go."""
 
+    def begin(self) -> None:
+        """A sync starts: the parameters may be written from now on."""
+        ...
+
     def land(self, param: int, tensor: torch.Tensor) -> None:
         """Write parameter number `param` of the manifest. `tensor` is only valid during the call."""
         ...
@@ -44,6 +48,7 @@ class WeightReceiver:
         if self._buffers is None:
             self._buffers = BucketBuffers(self.plan.buffer_bytes, device=self._device)
         self._buffers.forget()
+        landing.begin()
         self._post(0, group, deadline)
         for turn, bucket in enumerate(self.plan.buckets):
             with timer("wire"):
@@ -73,4 +78,5 @@ class WeightReceiver:
         whole = self._whole[slot.param]
         whole[slot.start : slot.start + slot.numel].copy_(part)
         if slot.start + slot.numel == spec.numel:
-            landing.land(slot.param, whole.view(spec.shape))
+            # Not kept: the memory belongs to the engine between syncs.
+            landing.land(slot.param, self._whole.pop(slot.param).view(spec.shape))

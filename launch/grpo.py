@@ -12,25 +12,28 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rollcast.launch.errors import AgreementError
 from rollcast.launch.interrupt import end_soon_on_signals
 from rollcast.launch.options import GrpoConfig, parse
 from rollcast.launch.task import CHARACTERS, Task, load_task
-from rollcast.rollout import Job, RollcastError, RolloutConfig, join
+from rollcast.rollout import Job, PreflightError, RollcastError, RolloutConfig, SyncError, join
 from rollcast.rollout.preflight import check_prompts, versions
 from rollcast.rollout.world import World
 
 STORE_TIMEOUT_S = 300.0
+SAME_ON_ALL_RANKS = (PreflightError, SyncError, AgreementError)
 
 
 def main() -> int:
     """Parse flags, take this rank's place, train if it is a trainer. Returns the exit code."""
     config = parse()
+    rank = os.environ.get("RANK", "0")
     try:
         world = World.from_env(trainers=config.trainers, tensor_parallel_size=config.tensor_parallel_size)
         run(config, world)
-    except (RollcastError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"rollcast: {error}", file=sys.stderr)
+    except RollcastError as error:
+        if rank == "0" or not isinstance(error, SAME_ON_ALL_RANKS):
+            print(f"rollcast: {error}" if rank == "0" else f"rollcast, rank {rank}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -68,14 +71,25 @@ def share_run_folder(world: World, config: GrpoConfig) -> Path:
     """The run's folder, named by rank 0, which first puts the tiny model in it if the job needs one."""
     store = world.store(timeout_s=STORE_TIMEOUT_S)
     if world.rank == 0:
-        folder = Path(config.runs, time.strftime("%Y%m%d-%H%M%S")).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = new_folder(Path(config.runs, time.strftime("%Y%m%d-%H%M%S")).resolve())
         if config.model is None:
             from rollcast.launch.tiny import write_tiny_model
 
             write_tiny_model(folder / "model", characters=CHARACTERS, seed=config.seed)
         store.set("run_folder", str(folder))
     return Path(store.get("run_folder").decode())
+
+
+def new_folder(path: Path) -> Path:
+    """Make `path`, or `path` with a number behind it if another job was there in the same second."""
+    for suffix in ("", *(f"-{count}" for count in range(2, 100))):
+        folder = path.with_name(path.name + suffix)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise PreflightError(f"cannot make a run folder like {path}")
 
 
 def rollout_config(config: GrpoConfig, folder: Path) -> RolloutConfig:
@@ -108,11 +122,14 @@ def prepare_task(config: GrpoConfig, rollout: RolloutConfig) -> Task:
     """Load the task and see that its prompts fit the model, before any engine starts."""
     from transformers import AutoTokenizer
 
-    task = load_task(config)
     rollout.model_config()
-    tokenizer = AutoTokenizer.from_pretrained(rollout.model)
-    prompts = [tokenizer.encode(prompt) for prompt in task.prompts]
-    check_prompts(prompts, max_model_len=rollout.resolved_max_model_len())
+    try:
+        task = load_task(config)
+        tokenizer = AutoTokenizer.from_pretrained(rollout.model)
+        prompts = [tokenizer.encode(prompt) for prompt in task.prompts]
+        check_prompts(prompts, max_model_len=rollout.resolved_max_model_len())
+    except ValueError as error:
+        raise PreflightError(str(error)) from error
     return task
 
 

@@ -34,5 +34,6 @@ def _end_after_signal(read_fd: int) -> None:
     while os.read(read_fd, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
         continue
     time.sleep(GRACE_S)
-    os.write(1, b"\x1b[?25h")  # the live display hid the cursor
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h")  # the live display hid the cursor
     os._exit(130)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollcast.comm import SyncReport
+from rollcast.launch.errors import AgreementError
 from rollcast.launch.options import GrpoConfig
 from rollcast.launch.parallel import Trainers
 from rollcast.launch.policy import (
@@ -27,10 +28,6 @@ from rollcast.launch.task import Task
 from rollcast.rollout import Job, Sampling
 
 FLOAT32_TOLERANCE = 1e-3
-
-
-class AgreementError(RuntimeError):
-    """Engine and trainer do not have the same weights: their log-probabilities of the same tokens differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +84,7 @@ class Grpo:
             "logprob_max_diff": self.agreement(rollout.samples),
             "policy_version": self.broadcaster.version,
         }
+        self.trainers.close()
 
     def step(self, step: int) -> StepRecord:
         """One step of all trainers together. Collective."""

@@ -12,6 +12,14 @@ from rollcast.rollout.errors import PreflightError
 
 PAUSE_MODES = ("keep", "wait", "abort")
 PREFIX_CACHE_POLICIES = ("clear", "keep")
+POSITIVE = (
+    "trainers",
+    "tensor_parallel_size",
+    "bucket_bytes",
+    "sync_timeout_s",
+    "trainer_timeout_s",
+    "start_timeout_s",
+)
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -52,21 +60,24 @@ class RolloutConfig:
     bucket_bytes: int = 256 << 20
     """Bytes of one broadcast, and of each of two buffers on the sender and on every worker."""
     sync_timeout_s: float = 60.0
+    """A sync that takes longer fails, on every trainer rank."""
+    trainer_timeout_s: float = 600.0
+    """How long trainer ranks wait for each other before a sync starts: one may still be saving a checkpoint."""
     start_timeout_s: float = 600.0
     """Seconds that an engine may take to start."""
     log_dir: str | None = None
     """Folder of the engines' logs. None: a temporary folder, named in the error if an engine dies."""
 
     def __post_init__(self) -> None:
-        _one_of("pause_mode", self.pause_mode, PAUSE_MODES)
-        _one_of("prefix_cache", self.prefix_cache, PREFIX_CACHE_POLICIES)
-        _one_of("device", self.device, DEVICES)
-        for name in ("trainers", "tensor_parallel_size", "bucket_bytes", "sync_timeout_s", "start_timeout_s"):
+        one_of("pause_mode", self.pause_mode, PAUSE_MODES)
+        one_of("prefix_cache", self.prefix_cache, PREFIX_CACHE_POLICIES)
+        one_of("device", self.device, DEVICES)
+        for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise PreflightError(f"{name} must be positive, got {getattr(self, name)}")
         if self.max_model_len is not None and self.max_model_len <= 0:
             raise PreflightError(f"max_model_len must be positive, got {self.max_model_len}")
-        _one_of("dtype", self.resolved_dtype(), DTYPES)
+        one_of("dtype", self.resolved_dtype(), DTYPES)
 
     def model_config(self) -> dict[str, Any]:
         """config.json of the model; the language part where there are several."""
@@ -117,6 +128,7 @@ class RolloutConfig:
         return self.device
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `PreflightError` (a `ValueError`) unless `value` is allowed."""
     if value not in allowed:
         raise PreflightError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")

@@ -43,6 +43,7 @@ class Engine:
         self._state = State.SERVING
         self._why_torn = ""
         self._waiting: set[asyncio.Task[list[Completion]]] = set()
+        self._receiving: asyncio.Task[Any] | None = None
 
     @classmethod
     def start(cls, launch: Launch) -> "Engine":
@@ -117,6 +118,9 @@ class Engine:
 
     async def receive(self, request: Receive) -> list[WorkerTimes]:
         """Pause, then receive new weights in all workers with one call. The engine is torn until `commit`."""
+        if request.version <= self.version:
+            raise EngineError(f"engine {self._index} has version {self.version}: {request.version} is not newer")
+        self._receiving = asyncio.current_task()
         self._paused = True
         async with asyncio.timeout(request.timeout_s):
             await self._llm.pause_generation(mode=request.pause_mode, clear_cache=False)
@@ -126,9 +130,8 @@ class Engine:
 
     async def commit(self, version: int, prefix_cache: str) -> None:
         """All engines have the weights: clear the prefix cache if asked to, set the version, resume."""
-        if prefix_cache == "clear" and not await self._llm.reset_prefix_cache(reset_running_requests=False):
-            # vLLM refuses while requests hold blocks; their keys must not serve new prompts.
-            await self._llm.reset_prefix_cache(reset_running_requests=True)
+        if prefix_cache == "clear":
+            await self._clear_prefix_cache()
         self._history.append(version)
         self._state = State.SERVING
         self._paused = False
@@ -136,6 +139,10 @@ class Engine:
 
     async def abandon(self, text: str) -> None:
         """The sync failed somewhere. Untouched weights serve on; torn ones never do."""
+        if self._receiving is not None and not self._receiving.done() and self._state is State.SERVING:
+            # Still pausing: it must not go on to receive after this.
+            self._receiving.cancel()
+            await asyncio.wait([self._receiving])
         if self._state is State.SERVING:
             if self._paused:
                 self._paused = False
@@ -153,6 +160,14 @@ class Engine:
     def shutdown(self) -> None:
         """Stop vLLM's processes."""
         self._llm.shutdown()
+
+    async def _clear_prefix_cache(self) -> None:
+        """The old weights' keys must not serve new prompts."""
+        # vLLM refuses while requests hold blocks, unless it may run those again from their start.
+        for reset_running_requests in (False, True):
+            if await self._llm.reset_prefix_cache(reset_running_requests=reset_running_requests):
+                return
+        raise EngineError(f"engine {self._index}: vLLM did not clear its prefix cache")
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker; `EngineError` with the worker's own text if one raises."""
@@ -185,7 +200,8 @@ class Engine:
         outputs: list[Any] = []
         async for final in self._llm.generate({"prompt_token_ids": prompt}, params, f"rollcast-{self._requests}"):
             outputs = final.outputs
-        versions = tuple(self._history[first:])
+        # Nothing after `first` if the sync that had paused this engine was abandoned.
+        versions = tuple(self._history[first:] or self._history[-1:])
         return [_completion(output, versions) for output in outputs]
 
 

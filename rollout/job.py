@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from rollcast.rollout.world import World, narrow_to_trainers
 
 STORE_TIMEOUT_S = 300.0
 LEAVE_S = 10.0
-LONGEST_JOB_S = 30 * 24 * 3600.0
 
 
 @dataclass(kw_only=True)
@@ -33,6 +32,7 @@ class Job:
     _pool: Pool | None
     _agreement: Agreement | None
     _stack: ExitStack
+    _broadcasters: list[PoolBroadcaster] = field(default_factory=list)
 
     @property
     def is_trainer(self) -> bool:
@@ -54,7 +54,8 @@ class Job:
     def broadcaster(self, weights: nn.Module | Mapping[str, torch.Tensor]) -> PoolBroadcaster:
         """A broadcaster of these weights (see `WeightSource` for what they may be). Trainer ranks only.
 
-        Not collective, but every trainer rank needs one to take part in its syncs.
+        Not collective, but every trainer rank needs one to take part in its syncs. It takes over from an earlier
+        one, which is closed: the engines belong to one group at a time.
         """
         pool, agreement = self.pool, self._agreement
         assert agreement is not None
@@ -65,7 +66,12 @@ class Job:
             config=self.config,
             rank=self.world.rank,
             host=reachable_host(self.world.master_addr),
+            name=f"sync/{len(self._broadcasters)}",
+            version=self._broadcasters[-1].version if self._broadcasters else 0,
         )
+        if self._broadcasters:
+            self._broadcasters[-1].close()
+        self._broadcasters.append(broadcaster)
         self._stack.callback(broadcaster.close)
         return broadcaster
 
@@ -85,7 +91,7 @@ def join(config: RolloutConfig) -> Iterator[Job]:
     """
     world = World.from_env(trainers=config.trainers, tensor_parallel_size=config.tensor_parallel_size)
     store = world.store(timeout_s=STORE_TIMEOUT_S)
-    preflight(config, world, store, deadline_s=STORE_TIMEOUT_S)
+    preflight(config, world, store)
     with ExitStack() as stack:
         if world.is_trainer:
             narrow_to_trainers(world)
@@ -109,7 +115,7 @@ def _train(config: RolloutConfig, world: World, stack: ExitStack) -> Iterator[Jo
         stack.callback(pool.close)
         yield Job(config=config, world=world, _pool=pool, _agreement=agreement, _stack=stack)
         # The last one out says that the job is over: engines must not stop while a trainer generates.
-        agreement.gather("done", deadline=Deadline(LONGEST_JOB_S))
+        roster.finish_with(world.trainers)
     finally:
         roster.finish()
         if world.rank == 0:

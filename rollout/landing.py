@@ -45,14 +45,24 @@ class Move:
     region: Region
 
 
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """A region of a live tensor that the loader sets to a constant."""
+
+    target: str
+    region: Region
+    value: torch.Tensor
+    """Scalar, or of the region's shape."""
+
+
 @dataclass(frozen=True)
 class LandingPlan:
     """All moves of one worker."""
 
     manifest: Manifest
     moves: tuple[Move, ...]
-    fills: tuple[tuple[str, Region], ...]
-    """Parts that the loader sets to a constant (padding). They hold it already."""
+    fills: tuple[Fill, ...]
+    """Parts that the loader sets to a constant (padding): written once, not at every sync."""
 
     def check(self, live: dict[str, torch.Tensor]) -> list[str]:
         """Problems, each naming a parameter: live elements not written exactly once, sources that land nowhere."""
@@ -60,8 +70,8 @@ class LandingPlan:
         filled: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for move in self.moves:
             written[move.target] += _intervals(move.region)
-        for name, region in self.fills:
-            filled[name] += _intervals(region)
+        for fill in self.fills:
+            filled[fill.target] += _intervals(fill.region)
         problems = [
             f"{name}: {problem}"
             for name, tensor in live.items()
@@ -82,7 +92,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, sources: Sequence[torch.Tensor], live: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self.moves: list[Move] = []
-        self.fills: list[tuple[str, Region]] = []
+        self.fills: list[Fill] = []
         self._sources = {_storage(tensor): index for index, tensor in enumerate(sources)}
         self._live: dict[int, tuple[str, int]] = {}
         for name, tensor in live.items():
@@ -103,7 +113,7 @@ class Recorder(TorchDispatchMode):
             return args[0]
         if func._schema.is_mutable:
             if func in (aten.zero_.default, aten.fill_.Scalar) and self._is_live(args[0]):
-                self._note_fill(args[0])
+                self._note_fill(args[0], torch.tensor([*args, 0][1]))
                 return args[0]
             raise LandingError(f"the loader changes a tensor in place ({func})")
         if "device" in kwargs and any(self._is_source(tensor) for tensor in tensors):
@@ -111,6 +121,8 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func in FAITHFUL_COPIES and self._is_source(args[0]):
             index, region = self._origin(args[0])
+            if not _widens(region.dtype, args[0].dtype):
+                raise LandingError(f"the loader casts {region.dtype} to {args[0].dtype} and then again")
             self._copies[_storage(result)] = (index, region, result)
         elif any(self._is_live(tensor) for tensor in tensors) and func not in SHAPE_ONLY:
             self._refuse_unless_view(func, result)
@@ -144,7 +156,7 @@ class Recorder(TorchDispatchMode):
 
     def _note_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         if not self._is_tracked(source) and not source.is_meta:
-            self._note_fill(target)
+            self._note_fill(target, source.detach().clone())
             return
         index, region = self._origin(source)
         if source.dtype != target.dtype and not _widens(region.dtype, source.dtype):
@@ -160,12 +172,12 @@ class Recorder(TorchDispatchMode):
         name, base = self._live[_storage(target)]
         self.moves.append(Move(index, region, name, Region.of(target, base_offset_bytes=base)))
 
-    def _note_fill(self, target: torch.Tensor) -> None:
+    def _note_fill(self, target: torch.Tensor, value: torch.Tensor) -> None:
         name, base = self._live[_storage(target)]
         region = Region.of(target, base_offset_bytes=base)
         if any(move.target == name and _overlap(move.region, region) for move in self.moves):
             raise LandingError(f"the loader overwrites a part of {name} that it has loaded")
-        self.fills.append((name, region))
+        self.fills.append(Fill(name, region, value))
 
 
 def compile_landing(
@@ -179,19 +191,19 @@ def compile_landing(
     """
     sources = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in manifest.specs]
     recorder = Recorder(sources, live)
-    name = manifest.specs[0].name
+    shown = manifest.specs[0]
 
     def feed() -> Iterator[tuple[str, torch.Tensor]]:
-        nonlocal name
-        for spec, tensor in zip(manifest.specs, sources, strict=True):
-            name = spec.name
-            yield name, tensor
+        nonlocal shown
+        for shown, tensor in zip(manifest.specs, sources, strict=True):
+            yield shown.name, tensor
 
     try:
         with torch.no_grad(), recorder:
             load_weights(feed())
     except Exception as error:
-        raise LandingError(f"vLLM's loader does not take parameter {name}: {error or type(error).__name__}") from error
+        why = str(error) or f"{type(error).__name__} without a message"
+        raise LandingError(f"vLLM's loader does not take parameter {shown}: {why}") from error
     return LandingPlan(manifest, tuple(recorder.moves), tuple(recorder.fills))
 
 
@@ -202,6 +214,13 @@ class DirectLanding:
         self._pieces: dict[int, list[tuple[Region, torch.Tensor]]] = defaultdict(list)
         for move in plan.moves:
             self._pieces[move.param].append((move.source, move.region.view(live[move.target].data)))
+        self._fills = [(fill.region.view(live[fill.target].data), fill.value) for fill in plan.fills]
+
+    def begin(self) -> None:
+        """See `Landing.begin`. Constants are written before the first sync's moves, as the loader does it."""
+        for target, value in self._fills:
+            target.copy_(value)
+        self._fills.clear()
 
     def land(self, param: int, tensor: torch.Tensor) -> None:
         """See `Landing.land`."""

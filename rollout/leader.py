@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 import msgspec
 from torch import distributed as dist
@@ -37,7 +38,7 @@ class EngineProcess:
     def __init__(self, launch: Launch, *, environ: dict[str, str], log: Path) -> None:
         self.log = log
         read_fd, write_fd = os.pipe()
-        with log.open("ab") as output:
+        with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rollcast.rollout.service", str(write_fd)],
                 stdin=subprocess.PIPE,
@@ -95,10 +96,10 @@ def lead(config: RolloutConfig, world: World, store: dist.Store) -> None:
     The trainers raise it: they know what they were doing, and end the job.
     """
     roster = Roster(store, engines=world.engines)
-    signals = Signals()
-    with tempfile.TemporaryDirectory(prefix="rollcast-") as scratch:
-        log = Path(config.log_dir or scratch, f"engine-{world.engine}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(config.log_dir or tempfile.mkdtemp(prefix="rollcast-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"engine-{world.engine}.log"
+    with Signals() as signals:
         engine = EngineProcess(_launch(config, world), environ=engine_environ(config, world), log=log)
         try:
             roster.announce(world.engine, engine.wait_ready(Deadline(config.start_timeout_s), signals))
@@ -109,13 +110,14 @@ def lead(config: RolloutConfig, world: World, store: dist.Store) -> None:
             roster.report_lost(world.engine, str(error))
         finally:
             engine.stop()
-        idle(roster, signals)
-        roster.leave()
+            roster.leave()
+        _wait(roster, signals, None)
 
 
-def idle(roster: Roster, signals: "Signals | None" = None) -> None:
-    """Wait until the trainers are done."""
-    _wait(roster, signals or Signals(), None)
+def idle(roster: Roster) -> None:
+    """Wait until the trainers are done (the engine's other ranks, which only lend it their GPUs)."""
+    with Signals() as signals:
+        _wait(roster, signals, None)
 
 
 def _wait(roster: Roster, signals: "Signals", engine: EngineProcess | None) -> None:
@@ -184,8 +186,14 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._note)
+
+    def __enter__(self) -> Self:
+        self._before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum

@@ -54,15 +54,14 @@ class Pool:
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._sockets: list[zmq.asyncio.Socket] = []
-        opened = threading.Event()
+        self._lock = threading.Lock()
+        self._closed = False
+        opened: Future[None] = Future()
         self._thread = threading.Thread(
-            target=self._loop.run_until_complete,
-            args=(self._run(addresses, opened),),
-            name="rollcast-pool",
-            daemon=True,
+            target=self._serve, args=(list(addresses), opened), name="rollcast-pool", daemon=True
         )
         self._thread.start()
-        opened.wait()
+        opened.result()
 
     @property
     def engines(self) -> int:
@@ -101,7 +100,10 @@ class Pool:
         """Send a request to one engine. The future raises `EngineError` if the engine fails or dies."""
         future: Future[Reply] = Future()
         payload = msgspec.msgpack.encode(request)
-        self._loop.call_soon_threadsafe(self._send, engine, payload, future)
+        with self._lock:
+            if self._closed:
+                raise EngineError("the pool is closed: generate and sync inside `with join(...)`")
+            self._loop.call_soon_threadsafe(self._send, engine, payload, future)
         return future
 
     def ask_all(self, request: Request, *, deadline: Deadline | None = None) -> list[Reply]:
@@ -110,25 +112,40 @@ class Pool:
 
     def close(self) -> None:
         """Stop talking to the engines; requests under way fail. Idempotent. The engines go on."""
-        if self._thread.is_alive():
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
+        self._thread.join()
 
-    async def _run(self, addresses: Sequence[str], opened: threading.Event) -> None:
+    def _serve(self, addresses: Sequence[str], opened: "Future[None]") -> None:
+        """The pool's thread."""
+        try:
+            self._loop.run_until_complete(self._run(addresses, opened))
+        except Exception as error:
+            if not opened.done():
+                opened.set_exception(error)
+        finally:
+            self._loop.close()
+
+    async def _run(self, addresses: Sequence[str], opened: "Future[None]") -> None:
         context = zmq.asyncio.Context()
-        for address in addresses:
-            socket = context.socket(zmq.DEALER)
-            socket.connect(address)
-            self._sockets.append(socket)
-        tasks = [asyncio.create_task(self._listen(socket)) for socket in self._sockets]
-        tasks.append(asyncio.create_task(self._watch()))
-        opened.set()
-        await self._stop.wait()
-        for task in tasks:
-            task.cancel()
-        for engine in range(self.engines):
-            self._lose(engine, "the pool was closed")
-        context.destroy(linger=0)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            for address in addresses:
+                socket = context.socket(zmq.DEALER)
+                self._sockets.append(socket)
+                socket.connect(address)
+            tasks = [asyncio.create_task(self._listen(socket)) for socket in self._sockets]
+            tasks.append(asyncio.create_task(self._watch()))
+            opened.set_result(None)
+            await self._stop.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            self._lose_all("the pool was closed")
+            context.destroy(linger=0)
 
     def _send(self, engine: int, payload: bytes, future: "Future[Reply]") -> None:
         if engine in self._lost:
@@ -151,11 +168,23 @@ class Pool:
                 future.set_result(reply)
 
     async def _watch(self) -> None:
-        """Fail the requests of engines whose leader reports them lost."""
+        """Fail the requests of engines that are lost, and all requests when the job is over."""
         while True:
             await asyncio.sleep(WATCH_S)
-            for engine, text in (await asyncio.to_thread(self._roster.lost)).items():
+            try:
+                lost = await asyncio.to_thread(self._roster.lost)
+                done = await asyncio.to_thread(self._roster.done)
+            except Exception as error:
+                self._lose_all(f"the job's store is gone: {error}")
+                return
+            for engine, text in lost.items():
                 self._lose(engine, f"engine {engine} is lost: {text}")
+            if done:
+                self._lose_all("the job is over: a trainer has left it")
+
+    def _lose_all(self, text: str) -> None:
+        for engine in range(self.engines):
+            self._lose(engine, text)
 
     def _lose(self, engine: int, text: str) -> None:
         self._lost.setdefault(engine, text)

@@ -12,6 +12,7 @@ import msgspec
 import torch
 from torch import distributed as dist
 
+from rollcast.comm.group import reachable_host
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import PreflightError
 from rollcast.rollout.world import World
@@ -28,6 +29,10 @@ class Card(msgspec.Struct, frozen=True):
     gpu: str | None
     """UUID of the rank's GPU; None on CPU."""
     gpus_visible: int
+    address: str = "127.0.0.1"
+    """Where other machines reach the rank."""
+    problem: str = ""
+    """Why the rank cannot take part."""
 
 
 def check_vllm(version: str | None) -> tuple[int, int]:
@@ -80,12 +85,22 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, max_model_len: int) -> No
 
 def check_cards(cards: Sequence[Card], world: World, *, device: str) -> None:
     """The ranks' machines and GPUs must fit their roles. `cards` is in rank order."""
+    for rank, card in enumerate(cards):
+        if card.problem:
+            raise PreflightError(f"rank {rank} on {card.host}: {card.problem}")
+    hosts = {card.host for card in cards}
+    for rank, card in enumerate(cards):
+        if len(hosts) > 1 and card.address.startswith("127."):
+            raise PreflightError(
+                f"rank {rank} on {card.host} has only a loopback address towards {world.master_addr}: give "
+                "torchrun an address in --rdzv-endpoint or --master-addr that other machines can reach"
+            )
     for engine in range(world.engines):
-        hosts = {cards[rank].host for rank in world.engine_ranks(engine)}
-        if len(hosts) > 1:
+        spanned = {cards[rank].host for rank in world.engine_ranks(engine)}
+        if len(spanned) > 1:
             raise PreflightError(
                 f"engine {engine} (ranks {_ranks(world.engine_ranks(engine))}) spans the machines "
-                f"{', '.join(sorted(hosts))}: an engine must fit in one; change trainers or ranks per machine"
+                f"{', '.join(sorted(spanned))}: an engine must fit in one; change trainers or ranks per machine"
             )
     if device == "cpu":
         return
@@ -95,7 +110,7 @@ def check_cards(cards: Sequence[Card], world: World, *, device: str) -> None:
         if here > card.gpus_visible:
             raise PreflightError(
                 f"not enough GPUs on {card.host}: {here} ranks, {card.gpus_visible} visible GPUs; "
-                "start one rank per GPU, or set device='cpu'"
+                "start one rank per GPU (trainer and engine need one each), or use the CPU build (make PLATFORM=cpu)"
             )
         assert card.gpu is not None
         first = owner.setdefault((card.host, card.gpu), rank)
@@ -106,14 +121,24 @@ def check_cards(cards: Sequence[Card], world: World, *, device: str) -> None:
             )
 
 
+def examine(config: RolloutConfig, world: World, *, device: str) -> Card:
+    """This rank's card, with what keeps the rank from taking part."""
+    try:
+        check_vllm(installed_vllm())
+        check_model(config)
+        return this_card(world, device=device)
+    except PreflightError as error:
+        return Card(socket.gethostname(), None, 0, problem=str(error))
+
+
 def this_card(world: World, *, device: str) -> Card:
     """What this rank runs on."""
     host = socket.gethostname()
     if device == "cpu":
-        return Card(host, None, 0)
+        return Card(host, None, 0, reachable_host(world.master_addr))
     uuids = visible_gpus()
     gpu = uuids[world.local_rank] if world.local_rank < len(uuids) else None
-    return Card(host, gpu, len(uuids))
+    return Card(host, gpu, len(uuids), reachable_host(world.master_addr))
 
 
 def visible_gpus() -> list[str]:
@@ -145,12 +170,10 @@ def select_visible(uuids: Sequence[str], visible: str | None) -> list[str]:
     return chosen
 
 
-def preflight(config: RolloutConfig, world: World, store: dist.Store, *, deadline_s: float) -> list[Card]:
+def preflight(config: RolloutConfig, world: World, store: dist.Store) -> list[Card]:
     """Run every check. Collective: all ranks see all cards and raise the same error."""
-    check_vllm(installed_vllm())
-    check_model(config)
     device = config.resolved_device()
-    store.set(f"card/{world.rank}", msgspec.json.encode(this_card(world, device=device)).decode())
+    store.set(f"card/{world.rank}", msgspec.json.encode(examine(config, world, device=device)).decode())
     cards = [msgspec.json.decode(store.get(f"card/{rank}"), type=Card) for rank in range(world.world_size)]
     check_cards(cards, world, device=device)
     return cards

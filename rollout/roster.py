@@ -1,6 +1,7 @@
 """What trainers and engine leaders tell each other through the job's store (every rank)."""
 
 import time
+from contextlib import suppress
 
 from torch import distributed as dist
 
@@ -54,9 +55,21 @@ class Roster:
         """Whether the job is over."""
         return self._store.check(["done"])
 
+    def finish_with(self, trainers: int) -> None:
+        """Trainer: wait until all trainers are through, or the job is over for another reason.
+
+        Polled: it may take long, and a blocking wait would keep Python from seeing a signal.
+        """
+        if self._store.add("through", 1) == trainers:
+            self.finish()
+        while not self.done():
+            time.sleep(POLL_S)
+
     def leave(self) -> None:
         """Leader: everything of this engine is stopped."""
-        self._store.add("left", 1)
+        # The store may be gone by now; then nobody waits.
+        with suppress(RuntimeError):
+            self._store.add("left", 1)
 
     def all_left(self) -> bool:
         """Whether every leader has stopped its engine."""

@@ -70,6 +70,8 @@ class Service:
     async def _answer(self, client: bytes, request_id: bytes, payload: bytes) -> None:
         try:
             reply = await self._carry_out(self._decoder.decode(payload))
+        except asyncio.CancelledError:
+            reply = Failed("the request was abandoned")
         except Exception as error:
             # A worker that died cancels its calls before vLLM says so. Then no answer: the leader reports the
             # loss, with the root cause from the log.
@@ -126,6 +128,8 @@ def die_with_parent() -> None:
 def main() -> None:
     """Entry point of the engine process."""
     die_with_parent()
+    # Until `serve` takes over: vLLM's processes, which are starting, must not outlive this one.
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(os.getpgrp(), signal.SIGKILL))
     launch = msgspec.json.decode(sys.stdin.buffer.read(), type=Launch)
     try:
         asyncio.run(serve(launch, int(sys.argv[1])))

@@ -123,17 +123,18 @@ EXACT = {
 
 @pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
 def test_replay_is_the_loader_bit_for_bit(case: Case) -> None:
-    live = case.loaded(seed=1)
+    live = case.parameters()
+    before = {name: tensor.clone() for name, tensor in live.items()}
     plan = case.compile(live)
+    assert changed(live, before) == []
     assert plan.check(live) == []
     assert changed(replay(plan, live, case.weights(seed=2)), case.loaded(seed=2)) == []
 
 
-@pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
-def test_compiling_writes_nothing(case: Case) -> None:
-    live = case.parameters()
-    before = {name: tensor.clone() for name, tensor in live.items()}
-    case.compile(live)
+@pytest.mark.parametrize("name", ["padding", "zeroed first"])
+def test_a_landing_that_waits_for_weights_leaves_the_old_ones(name: str) -> None:
+    live, before = EXACT[name].loaded(seed=1), EXACT[name].loaded(seed=1)
+    DirectLanding(EXACT[name].compile(live), live)
     assert changed(live, before) == []
 
 
@@ -158,7 +159,6 @@ REFUSED = {
     "item": (lambda live, name, w: live[name].data.fill_(w[0].item()), "item"),
     "boolean mask": (lambda live, name, w: live[name].data.__setitem__(w > 0, 0.0), "in place|meta"),
     "edited source": (each(lambda w: w.mul_(2)), "in place"),
-    "edited part of the source": (each(lambda w: w[1:].zero_()), "in place"),
     "edited copy": (each(lambda w: w.clone().add_(1)), "in place"),
     "edited parameter": (then(lambda t: t.mul_(2)), "in place"),
     "part of a copy": (each(lambda w: w.clone()[:2]), "part of a copy"),
@@ -174,7 +174,7 @@ def test_what_a_move_cannot_say_is_refused_by_name(loader: Loader, words: str) -
     case = Case(loader, FOUR, FOUR)
     live = case.parameters()
     before = {name: tensor.clone() for name, tensor in live.items()}
-    with pytest.raises(LandingError, match=f"parameter first: .*({words})"):
+    with pytest.raises(LandingError, match=f"parameter first .*: .*({words})"):
         case.compile(live)
     assert changed(live, before) == []
 
@@ -184,11 +184,7 @@ CHECKS = {
     "never written": (each(lambda w: w), "a", ["b: 12 of 12 elements"]),
     "partly written": (lambda live, n, w: live[n].data[1:].copy_(w[1:]), "ab", ["a: 4 of 12", "b: 4 of 12"]),
     "written twice": (lambda live, _, w: live["a"].data.copy_(w), "ab", ["a: .* 0 to 12 twice", "b: 12 of 12"]),
-    "overlapping": (
-        lambda live, n, w: live["a"].data["ab".index(n) :][:2].copy_(w[:2]),
-        "ab",
-        ["a: .* 4 to 8 twice", "b"],
-    ),
+    "overlap": (lambda live, n, w: live["a"].data["ab".index(n) :][:2].copy_(w[:2]), "ab", ["a: .* 4 to 8 twice", "b"]),
     "no place": (lambda *_: None, "c", ["a: 12 of 12", "b: 12 of 12", "c: the engine's model has no place"]),
 }
 
@@ -221,13 +217,12 @@ SILENT = {
 
 
 TWO_CASTS = Case(each(lambda w: w.bfloat16().float()), A, A)
-MISSED = pytest.mark.xfail(strict=True, reason="only the last of two casts is looked at")
 
 
-@pytest.mark.parametrize("case", [*SILENT.values(), pytest.param(TWO_CASTS, marks=MISSED)], ids=[*SILENT, "two casts"])
+@pytest.mark.parametrize("case", [*SILENT.values(), TWO_CASTS], ids=[*SILENT, "two casts"])
 def test_nothing_is_silently_wrong(case: Case) -> None:
     """Refused, reported, or right."""
-    live = case.loaded(seed=1)
+    live = case.parameters()
     try:
         plan = case.compile(live)
     except LandingError:
@@ -239,6 +234,7 @@ def test_nothing_is_silently_wrong(case: Case) -> None:
 def replay(plan: LandingPlan, live: Tensors, weights: Tensors) -> Tensors:
     """Land every weight as a sync does."""
     landing = DirectLanding(plan, live)
+    landing.begin()
     for index, weight in enumerate(weights.values()):
         landing.land(index, weight)
     return live

@@ -1,0 +1,86 @@
+"""Syncs while requests are in flight, in every pause mode; two broadcasters; a closed pool (run by torchrun).
+
+in_flight.py MODEL_FOLDER REPORT.json
+"""
+
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import build, perturb
+
+import rollcast.rollout as rollcast
+
+LENGTH = 48
+PROMPTS = [[5, 6, 7], [9, 8, 3], [4, 4, 4]]
+
+
+def main() -> None:
+    folder, report = sys.argv[1], Path(sys.argv[2])
+    config = rollcast.RolloutConfig(model=folder, enforce_eager=True, log_dir=folder)
+    facts: dict[str, Any] = {}
+    with rollcast.join(config) as job:
+        if not job.is_trainer:
+            return
+        model = build("untied")
+        broadcaster = job.broadcaster(model)
+        with ThreadPoolExecutor(1) as threads:
+            for version, mode in enumerate(("keep", "wait", "abort"), start=1):
+                facts[mode] = in_flight(job, broadcaster, model, threads, version=version, mode=mode)
+        # The prompts of above are in the prefix cache with keys of older weights.
+        facts["after"] = [after_switch(job, model, prompt) for prompt in PROMPTS]
+        newer = job.broadcaster(model)
+        facts["replaced"] = said(lambda: broadcaster.sync(version=9))
+        facts["not newer"] = said(lambda: newer.sync(version=3))
+        facts["unknown mode"] = said(lambda: newer.sync(version=4, pause_mode="never"))
+        facts["newer"] = newer.sync(version=4).version
+        facts["long prompt"] = said(lambda: job.pool.generate([[1], [2] * 64], rollcast.Sampling()))
+    facts["closed"] = said(lambda: job.pool.generate([[1]], rollcast.Sampling()))
+    report.write_text(json.dumps(facts))
+
+
+def in_flight(
+    job: rollcast.Job,
+    broadcaster: rollcast.PoolBroadcaster,
+    model: torch.nn.Module,
+    threads: ThreadPoolExecutor,
+    *,
+    version: int,
+    mode: str,
+) -> list[list[Any]]:
+    """What becomes of long requests that a sync meets half way."""
+    sampling = rollcast.Sampling(max_tokens=LENGTH, ignore_eos=True, n=4)
+    running = threads.submit(job.pool.generate, PROMPTS, sampling)
+    time.sleep(0.15)
+    perturb(model, seed=version)
+    broadcaster.sync(version=version, pause_mode=mode)
+    return [
+        [len(sample.token_ids), len(sample.logprobs), sample.finish_reason, sample.versions]
+        for group in running.result()
+        for sample in group
+    ]
+
+
+def after_switch(job: rollcast.Job, model: torch.nn.Module, prompt: list[int]) -> float:
+    """Largest difference of log-probabilities between the engine and the trainer's own forward."""
+    ((sample,),) = job.pool.generate([prompt], rollcast.Sampling(max_tokens=16, ignore_eos=True))
+    tokens = torch.tensor([prompt + sample.token_ids])
+    logprobs = model(tokens).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+    ours = logprobs.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    return (ours - torch.tensor(sample.logprobs)).abs().max().item()
+
+
+def said(call: Any) -> str:
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+if __name__ == "__main__":
+    main()
