@@ -79,3 +79,14 @@ class Agreement:
 def first_error(words: Sequence[str]) -> str:
     """A judge: every different word that is not empty."""
     return "\n".join(dict.fromkeys(word for word in words if word))
+
+
+def unanimous(words: Sequence[str]) -> str:
+    """A judge: all ranks must say the same."""
+    for rank, word in enumerate(words):
+        if word != words[0]:
+            return (
+                f"trainer ranks 0 and {rank} disagree: {words[0]} against {word}; every rank must call sync with "
+                "the same version and a model of the same parameters"
+            )
+    return ""

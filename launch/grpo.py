@@ -128,8 +128,8 @@ def prepare_task(config: GrpoConfig, rollout: RolloutConfig) -> Task:
         tokenizer = AutoTokenizer.from_pretrained(rollout.model)
         prompts = [tokenizer.encode(prompt) for prompt in task.prompts]
         check_prompts(prompts, max_model_len=rollout.resolved_max_model_len())
-    except ValueError as error:
-        raise PreflightError(str(error)) from error
+    except (ValueError, OSError) as error:
+        raise PreflightError(f"{error} (task, prompts and tokenizer of {rollout.model!r})") from error
     return task
 
 

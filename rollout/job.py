@@ -1,11 +1,14 @@
 """`join`: turns the ranks of a torchrun job into trainers and engines (every rank)."""
 
+import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from rollcast.comm import Deadline, WeightSource
@@ -21,6 +24,8 @@ from rollcast.rollout.world import World, narrow_to_trainers
 
 STORE_TIMEOUT_S = 300.0
 LEAVE_S = 10.0
+# Every rank joins equally often, so the n-th job of a process meets the n-th of the others.
+JOINS = itertools.count()
 
 
 @dataclass(kw_only=True)
@@ -90,12 +95,13 @@ def join(config: RolloutConfig) -> Iterator[Job]:
     job cannot work, `EngineError` on the trainers if an engine does not start.
     """
     world = World.from_env(trainers=config.trainers, tensor_parallel_size=config.tensor_parallel_size)
-    store = world.store(timeout_s=STORE_TIMEOUT_S)
+    connect = partial(world.store, timeout_s=STORE_TIMEOUT_S, scope=f"join-{next(JOINS)}")
+    store = connect()
     preflight(config, world, store)
     with ExitStack() as stack:
         if world.is_trainer:
-            narrow_to_trainers(world)
-            yield from _train(config, world, stack)
+            stack.enter_context(narrow_to_trainers(world))
+            yield from _train(config, world, connect, stack)
         else:
             if world.is_leader:
                 lead(config, world, store)
@@ -104,11 +110,11 @@ def join(config: RolloutConfig) -> Iterator[Job]:
             yield Job(config=config, world=world, _pool=None, _agreement=None, _stack=stack)
 
 
-def _train(config: RolloutConfig, world: World, stack: ExitStack) -> Iterator[Job]:
+def _train(config: RolloutConfig, world: World, connect: Callable[[], dist.Store], stack: ExitStack) -> Iterator[Job]:
     # Three connections: a wait on one blocks every other user of it, whatever the thread.
-    roster = Roster(world.store(timeout_s=STORE_TIMEOUT_S), engines=world.engines)
-    watched = Roster(world.store(timeout_s=STORE_TIMEOUT_S), engines=world.engines)
-    agreement = Agreement(world.store(timeout_s=STORE_TIMEOUT_S), rank=world.rank, size=world.trainers)
+    roster = Roster(connect(), engines=world.engines)
+    watched = Roster(connect(), engines=world.engines)
+    agreement = Agreement(connect(), rank=world.rank, size=world.trainers)
     try:
         addresses = roster.addresses(deadline=Deadline(config.start_timeout_s))
         pool = Pool(watched, addresses, max_model_len=config.resolved_max_model_len())

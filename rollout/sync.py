@@ -1,6 +1,5 @@
 """One sync, from the trainer's call until the engines serve the new version (every trainer rank)."""
 
-from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -17,7 +16,7 @@ from rollcast.comm import (
     host_store,
     join_group,
 )
-from rollcast.comm.agree import Agreement, first_error
+from rollcast.comm.agree import Agreement, first_error, unanimous
 from rollcast.comm.report import WorkerReport
 from rollcast.rollout.config import PAUSE_MODES, RolloutConfig, one_of
 from rollcast.rollout.errors import EngineError, SyncError
@@ -122,7 +121,7 @@ class PoolBroadcaster:
         self._group = None
 
     def _decide(self, topic: str, word: str, deadline: Deadline) -> str:
-        judge = _same if topic == "plan" else first_error
+        judge = unanimous if topic == "plan" else first_error
         return self._agreement.decide(f"{self._name}/{self._attempt}/{topic}", word, judge, deadline=deadline)
 
     def _agree_on_plan(self, version: int) -> None:
@@ -239,14 +238,3 @@ class PoolBroadcaster:
         phases_s = dict.fromkeys(("plan", "gather", "pack", "wire", "control"), 0.0) | timer.phases_s
         phases_s |= {"apply": apply_s, "total": timer.total_s()}
         return SyncReport(version, self._plan.manifest.nbytes, phases_s, tuple(workers))
-
-
-def _same(words: Sequence[str]) -> str:
-    """A judge: all ranks must say the same."""
-    for rank, word in enumerate(words):
-        if word != words[0]:
-            return (
-                f"trainer ranks 0 and {rank} disagree: {words[0]} against {word}; every rank must call sync with "
-                "the same version and a model of the same parameters"
-            )
-    return ""

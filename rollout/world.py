@@ -1,7 +1,8 @@
 """This rank's place in the job, from torchrun's environment: the only place that reads it (every rank)."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -82,8 +83,11 @@ class World:
         first = self.trainers + engine * self.tensor_parallel_size
         return range(first, first + self.tensor_parallel_size)
 
-    def store(self, *, timeout_s: float) -> dist.Store:
-        """The job's store: torchrun's own, or one that rank 0 hosts where torchrun has none."""
+    def store(self, *, timeout_s: float, scope: str = "launch") -> dist.Store:
+        """A new connection to the job's store: torchrun's own, or one that rank 0 hosts where torchrun has none.
+
+        Keys of different scopes do not meet.
+        """
         store = dist.TCPStore(
             self.master_addr,
             self.master_port,
@@ -92,7 +96,7 @@ class World:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        return dist.PrefixStore(f"rollcast/{self.restart}", store)
+        return dist.PrefixStore(f"rollcast/{self.restart}/{scope}", store)
 
 
 def without_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
@@ -104,8 +108,14 @@ def without_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def narrow_to_trainers(world: World) -> None:
-    """Let torch.distributed, accelerate and the like see a torchrun job of trainer ranks only."""
+@contextmanager
+def narrow_to_trainers(world: World) -> Iterator[None]:
+    """Inside, torch.distributed, accelerate and the like see a torchrun job of trainer ranks only."""
     first_local = world.rank - world.local_rank
+    before = dict(os.environ)
     os.environ["WORLD_SIZE"] = str(world.trainers)
     os.environ["LOCAL_WORLD_SIZE"] = str(min(world.local_world_size, world.trainers - first_local))
+    try:
+        yield
+    finally:
+        os.environ |= {name: before[name] for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE") if name in before}

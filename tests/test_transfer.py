@@ -25,8 +25,7 @@ from rollcast.comm import (
 )
 
 CPU = torch.device("cpu")
-BUCKET_BYTES = 1024
-LONG_S, SHORT_S = 60.0, 2.0
+BUCKET_BYTES, LONG_S, SHORT_S = 1024, 60.0, 2.0
 Weights = dict[str, torch.Tensor]
 
 

@@ -1,0 +1,122 @@
+"""The trainer's side of the control plane: what waits for an engine ends when the engine, or the job, does."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import msgspec
+import pytest
+import zmq
+from torch import distributed as dist
+
+from rollcast.rollout import EngineError, Sampling
+from rollcast.rollout.pool import Pool
+from rollcast.rollout.records import Completion, Describe, Failed, Generate, Generated, Reply, Request
+from rollcast.rollout.roster import Roster
+
+SOON_S = 5.0
+
+
+class Peer:
+    """The other end of a pool's socket: answers prompts that start with 1 with their length, and is silent else."""
+
+    def __init__(self) -> None:
+        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self.address = f"tcp://127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
+        self.prompts: list[list[int]] = []
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        while True:
+            client, request_id, payload = self.socket.recv_multipart()
+            request = msgspec.msgpack.decode(payload, type=Request)
+            if isinstance(request, Generate):
+                self.prompts += request.prompts
+                if reply := answer(request):
+                    self.socket.send_multipart([client, request_id, msgspec.msgpack.encode(reply)])
+
+
+def answer(request: Generate) -> Reply | None:
+    first = request.prompts[0][0]
+    if first == 0:
+        return Failed("no zeros please")
+    lengths = [len(prompt) for prompt in request.prompts]
+    return Generated([[Completion([n], [0.0], "stop", (0,))] for n in lengths]) if first == 1 else None
+
+
+@pytest.fixture
+def peers() -> list[Peer]:
+    return [Peer(), Peer()]
+
+
+@pytest.fixture
+def roster() -> Roster:
+    return Roster(dist.HashStore(), engines=2)
+
+
+@pytest.fixture
+def pool(roster: Roster, peers: list[Peer]) -> Iterator[Pool]:
+    made = Pool(roster, [peer.address for peer in peers], max_model_len=64)
+    yield made
+    made.close()
+
+
+def failure(future: Future[Reply]) -> str:
+    error = future.exception(SOON_S)
+    assert isinstance(error, EngineError)
+    return str(error)
+
+
+def test_prompts_are_shared_out_and_answers_put_back_in_order(pool: Pool, peers: list[Peer]) -> None:
+    prompts = [[1] * length for length in (5, 1, 4, 2, 3)]
+    groups = pool.generate(prompts, Sampling())
+    assert [group[0].token_ids for group in groups] == [[5], [1], [4], [2], [3]]
+    assert sorted(len(peer.prompts) for peer in peers) == [2, 3]
+
+
+def test_no_prompts_are_no_work(pool: Pool) -> None:
+    assert pool.generate([], Sampling()) == []
+
+
+def test_an_engines_words_reach_the_caller(pool: Pool) -> None:
+    with pytest.raises(EngineError, match="engine 0: no zeros please"):
+        pool.generate([[0]], Sampling())
+
+
+def test_requests_of_a_lost_engine_fail_and_those_of_others_go_on(pool: Pool, roster: Roster) -> None:
+    silent = [pool.request(engine, Generate([[7]], Sampling())) for engine in (0, 1)]
+    roster.report_lost(1, "it stumbled")
+    assert failure(silent[1]) == "engine 1 is lost: it stumbled"
+    assert not silent[0].done()
+    assert failure(pool.request(1, Describe())) == "engine 1 is lost: it stumbled"
+    assert pool.generate([[1, 1]], Sampling())[0][0].token_ids == [2]
+
+
+def test_when_the_job_is_over_nothing_waits(pool: Pool, roster: Roster) -> None:
+    silent = pool.request(0, Generate([[7]], Sampling()))
+    roster.finish()
+    assert "the job is over" in failure(silent)
+
+
+def test_when_the_store_is_gone_nothing_waits(peers: list[Peer]) -> None:
+    class Gone(Roster):
+        def lost(self) -> dict[int, str]:
+            raise dist.DistNetworkError("connection reset")
+
+    pool = Pool(Gone(dist.HashStore(), engines=2), [peer.address for peer in peers], max_model_len=64)
+    assert "store is gone: connection reset" in failure(pool.request(0, Generate([[7]], Sampling())))
+    pool.close()
+
+
+def test_a_closed_pool_refuses_and_fails_what_waits(pool: Pool) -> None:
+    silent = pool.request(0, Generate([[7]], Sampling()))
+    pool.close()
+    assert "the pool was closed" in failure(silent)
+    with pytest.raises(EngineError, match="the pool is closed"):
+        pool.generate([[1]], Sampling())
+    pool.close()
+
+
+def test_a_bad_address_is_an_error(roster: Roster) -> None:
+    with pytest.raises(zmq.ZMQError):
+        Pool(roster, ["tcp://", "nowhere"], max_model_len=64)
