@@ -9,7 +9,7 @@ from torchrun import JOBS, run_job
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
-LENGTH = 48
+LENGTH = 400
 
 
 @pytest.fixture(scope="module")
@@ -45,5 +45,5 @@ def test_refusals_say_what_to_do(facts: dict[str, Any]) -> None:
     assert facts["not newer"] == "ValueError: version must grow: 3 after 3"
     assert "unknown pause_mode 'never', expected one of keep, wait, abort" in facts["unknown mode"]
     assert facts["newer"] == 4
-    assert facts["long prompt"].startswith("ValueError: prompt 1 has 64 tokens, but max_model_len is 64")
+    assert facts["long prompt"].startswith("ValueError: prompt 1 has 1024 tokens, but max_model_len is 1024")
     assert facts["closed"].startswith("EngineError: the pool is closed")

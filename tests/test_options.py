@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rollcast.launch import grpo
 from rollcast.launch.options import HELP, GrpoConfig, parse
 from rollcast.launch.task import Task, import_reward, load_task, read_prompts
 from rollcast.rollout.world import without_torchrun
@@ -170,9 +171,12 @@ def test_help_of_the_program_needs_neither_torchrun_nor_vllm(tmp_path: Path) -> 
     assert not imported & {"vllm", "transformers", "matplotlib"}
 
 
-def test_starting_without_torchrun_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "rollcast.launch.grpo", "--runs", str(tmp_path / "runs")]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=without_torchrun(os.environ))
-    assert run.returncode == 1
-    assert run.stderr.strip() == "rollcast: RANK is not set: start the job with torchrun"
+def test_starting_without_torchrun_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["grpo", "--runs", str(tmp_path / "runs")])
+    for name in set(os.environ) - set(without_torchrun(os.environ)):
+        monkeypatch.delenv(name)
+    assert grpo.main() == 1
+    assert capsys.readouterr().err.strip() == "rollcast: RANK is not set: start the job with torchrun"
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from models import build, perturb
 
 import rollcast.rollout as rollcast
 
-LENGTH = 48
+LENGTH = 400
 PROMPTS = [[5, 6, 7], [9, 8, 3], [4, 4, 4]]
 
 
@@ -38,7 +38,7 @@ def main() -> None:
         facts["not newer"] = said(lambda: newer.sync(version=3))
         facts["unknown mode"] = said(lambda: newer.sync(version=4, pause_mode="never"))
         facts["newer"] = newer.sync(version=4).version
-        facts["long prompt"] = said(lambda: job.pool.generate([[1], [2] * 64], rollcast.Sampling()))
+        facts["long prompt"] = said(lambda: job.pool.generate([[1], [2] * 1024], rollcast.Sampling()))
     facts["closed"] = said(lambda: job.pool.generate([[1]], rollcast.Sampling()))
     report.write_text(json.dumps(facts))
 
@@ -55,7 +55,7 @@ def in_flight(
     """What becomes of long requests that a sync meets half way."""
     sampling = rollcast.Sampling(max_tokens=LENGTH, ignore_eos=True, n=4)
     running = threads.submit(job.pool.generate, PROMPTS, sampling)
-    time.sleep(0.15)
+    time.sleep(1.0)
     perturb(model, seed=version)
     broadcaster.sync(version=version, pause_mode=mode)
     return [

@@ -13,7 +13,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 1024,
     "pad_token_id": 0,
     "eos_token_id": 1,
     "bos_token_id": None,
