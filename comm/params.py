@@ -118,7 +118,9 @@ class WeightSource:
     def _spec(self, name: str, tensor: torch.Tensor) -> ParamSpec:
         if tensor.is_meta:
             raise ValueError(f"parameter {name} has no data (it is on the meta device)")
-        dtype = self._dtype if self._dtype and tensor.is_floating_point() else tensor.dtype
+        # Eight-bit floats are quantised values, whose scales travel beside them.
+        cast = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+        dtype = self._dtype if self._dtype and cast else tensor.dtype
         return ParamSpec(name, tuple(tensor.shape), dtype)
 
     def _named(self) -> dict[str, torch.Tensor]:

@@ -150,7 +150,8 @@ class RunReport:
 
 def spark(values: list[float]) -> str:
     """Values in [0, 1] as a line of bars."""
-    return "".join(SPARKS[min(int(max(value, 0.0) * len(SPARKS)), len(SPARKS) - 1)] for value in values)
+    heights = [min(max(value, 0.0), 1.0) if value == value else 0.0 for value in values]
+    return "".join(SPARKS[min(int(height * len(SPARKS)), len(SPARKS) - 1)] for height in heights)
 
 
 def draw_curve(records: list[StepRecord], path: Path) -> None:

@@ -1,5 +1,6 @@
 """GRPO, group relative policy optimization (DeepSeekMath, arXiv 2402.03300), written out (trainer ranks)."""
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Grpo:
         self.dtype = job.config.torch_dtype()
         self.tolerance = config.logprob_tolerance
         if self.tolerance is None:
-            self.tolerance = FLOAT32_TOLERANCE if self.dtype == torch.float32 else float("inf")
+            self.tolerance = FLOAT32_TOLERANCE if self.dtype == torch.float32 else math.inf
         self.task = task
         self.rng = random.Random(config.seed)
         self.trainers = Trainers(rank=job.trainer_rank, size=config.trainers, device=job.config.resolved_device())
@@ -139,12 +140,13 @@ class Grpo:
 
         Raises `AgreementError` on all trainers when it is more than the tolerance. Collective.
         """
-        difference = max(
+        differences = [
             max_logprob_diff(self._logprobs(self.model, batch)[0], batch) for batch in self._minibatches(samples)
-        )
-        difference = self.trainers.max(difference)
+        ]
+        # Not a number agrees with nothing, and Python's max would lose it.
+        difference = self.trainers.max(max(value if value == value else math.inf for value in differences))
         assert self.tolerance is not None
-        if difference > self.tolerance:
+        if not difference <= self.tolerance or difference == math.inf:
             raise AgreementError(
                 f"engine and trainer log-probabilities differ by {difference:.2e}, more than {self.tolerance:.0e}: "
                 f"the engines' weights are not the trainer's version {self.broadcaster.version}"

@@ -55,7 +55,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.moves: list[Move] = []
         self.fills: list[Fill] = []
-        self._sources = {_storage(tensor): index for index, tensor in enumerate(sources)}
+        self._sources = {_storage(tensor): (index, tensor.dtype) for index, tensor in enumerate(sources)}
         self._live: dict[int, tuple[str, int]] = {}
         for name, tensor in live.items():
             self._live.setdefault(_storage(tensor), (name, int(tensor.storage_offset()) * tensor.element_size()))
@@ -75,7 +75,7 @@ class Recorder(TorchDispatchMode):
             return args[0]
         if func._schema.is_mutable:
             if func in (aten.zero_.default, aten.fill_.Scalar) and self._is_live(args[0]):
-                self._note_fill(args[0], torch.tensor([*args, 0][1]))
+                self._note_fill(args[0], torch.tensor([*args, 0][1], dtype=args[0].dtype))
                 return args[0]
             raise LandingError(f"the loader changes a tensor in place ({func})")
         if "device" in kwargs and any(self._is_source(tensor) for tensor in tensors):
@@ -108,7 +108,10 @@ class Recorder(TorchDispatchMode):
         """The manifest parameter and the region of it that `tensor` holds."""
         key = _storage(tensor)
         if key in self._sources:
-            return self._sources[key], Region.of(tensor)
+            index, dtype = self._sources[key]
+            if tensor.dtype != dtype or tensor.is_conj() or tensor.is_neg():
+                raise LandingError(f"the loader takes the bytes of {dtype} for something else")
+            return index, Region.of(tensor)
         if key not in self._copies:
             raise LandingError("the loader computes the value instead of copying it")
         index, region, copy = self._copies[key]

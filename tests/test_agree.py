@@ -181,7 +181,7 @@ with ThreadPoolExecutor(2) as threads:
         for rank, where in enumerate((store, address))
     ]
 group, peer = [future.result() for future in joining]
-work = group.broadcast(torch.zeros(1 << 20, dtype=torch.uint8), root=0, deadline=Deadline(1))
+work = group.broadcast(torch.zeros(1 << 20, dtype=torch.uint8), root=0, deadline=Deadline(5))
 group.close()
 try:
     work.wait(Deadline(30))

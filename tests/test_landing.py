@@ -212,6 +212,7 @@ SILENT = {
     "filled over what was written": Case(then(lambda t: t[2:].zero_()), A, A),
     "cast to less than the target": Case(each(lambda w: w.bfloat16()), A, A),
     "cast to an integer": Case(each(lambda w: w.int()), A, A),
+    "source seen as another dtype": Case(each(lambda w: w.view(torch.int16)), A, A, torch.bfloat16, torch.int16),
     "copy seen as another dtype": Case(each(lambda w: w.clone().view(torch.int16)), A, A, torch.bfloat16, torch.int16),
 }
 

@@ -25,7 +25,7 @@ from rollcast.comm import (
 )
 
 CPU = torch.device("cpu")
-BUCKET_BYTES, LONG_S, SHORT_S = 1024, 60.0, 2.0
+BUCKET_BYTES, LONG_S, SHORT_S = 1024, 60.0, 4.0
 Weights = dict[str, torch.Tensor]
 
 
@@ -200,7 +200,6 @@ def every_kind(*, seed: int) -> Weights:
 
 
 def large_source(count: int = 800) -> WeightSource:
-    """More than any socket buffer swallows, a tensor a bucket."""
     return WeightSource({f"p{index}": torch.randn(250) for index in range(count)})
 
 
@@ -211,7 +210,8 @@ def sides(source: WeightSource, *, receivers: int = 1) -> tuple[WeightBroadcaste
 
 def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
     """What must arrive: floating-point tensors in the wire dtype, the others as they are."""
-    return {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in weights.items()}
+    wide = {name for name, t in weights.items() if t.is_floating_point() and t.dtype.itemsize > 1}
+    return {name: t.to(dtype) if dtype and name in wide else t for name, t in weights.items()}
 
 
 def assert_same_bytes(got: Weights, expected: Weights) -> None:
