@@ -126,7 +126,8 @@ class PoolBroadcaster:
 
     def _agree_on_plan(self, version: int) -> None:
         """All trainer ranks must be about to send the same thing: a rank with another plan would hang the rest."""
-        word = f"version {version} after {self.version}, weights {self._source.current().digest[:16]}"
+        current = self._source.current()
+        word = f"version {version} after {self.version}, weights {current.digest[:16]}"
         deadline = Deadline(self._config.trainer_timeout_s)
         try:
             verdict = self._decide("plan", word, deadline)
@@ -136,7 +137,7 @@ class PoolBroadcaster:
             raise SyncError(f"sync of version {version} did not start: {verdict} (trainer_timeout_s)")
         if verdict:
             raise ValueError(verdict)
-        if difference := self._plan.manifest.difference(self._source.current()):
+        if difference := self._plan.manifest.difference(current):
             raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
         if version <= self.version:
             raise ValueError(f"version must grow: {version} after {self.version}")
