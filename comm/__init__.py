@@ -1,29 +1,35 @@
 """Moves model weights from trainer ranks to rollout workers. Needs torch; knows nothing of vLLM."""
 
 from rollcast.comm.broadcaster import WeightBroadcaster
+from rollcast.comm.buckets import Bucket, Message, Move
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.group import Group, host_store, join_group
 from rollcast.comm.params import Manifest, ParamSpec, WeightSource
-from rollcast.comm.plan import Bucket, BucketPlan, Slot, build_plan
-from rollcast.comm.receiver import WeightReceiver
+from rollcast.comm.plan import Lane, TransferPlan, build_transfer, whole_moves
+from rollcast.comm.receiver import Landing, VerifyError, WeightReceiver
 from rollcast.comm.region import Region
 from rollcast.comm.report import PhaseTimer, SyncReport
 
 __all__ = [
     "Bucket",
-    "BucketPlan",
     "Deadline",
     "Group",
+    "Landing",
+    "Lane",
     "Manifest",
+    "Message",
+    "Move",
     "ParamSpec",
     "PhaseTimer",
     "Region",
-    "Slot",
     "SyncReport",
+    "TransferPlan",
+    "VerifyError",
     "WeightBroadcaster",
     "WeightReceiver",
     "WeightSource",
-    "build_plan",
+    "build_transfer",
     "host_store",
     "join_group",
+    "whole_moves",
 ]

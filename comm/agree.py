@@ -86,7 +86,7 @@ def unanimous(words: Sequence[str]) -> str:
     for rank, word in enumerate(words):
         if word != words[0]:
             return (
-                f"trainer ranks 0 and {rank} disagree: {words[0]} against {word}; every rank must call sync with "
-                "the same version and a model of the same parameters"
+                f"trainer ranks 0 and {rank} disagree: {words[0]} against {word}; every rank must make the "
+                "same call, with a model of the same parameters"
             )
     return ""

@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,25 +12,26 @@ from torch import distributed as dist
 from rollcast.comm.deadline import Deadline
 
 POLL_S = 50e-6
+# gloo's own timeout comes after the deadline, which says what was waited for.
+MARGIN = timedelta(seconds=1)
 
 
 class GlooWork:
-    """One gloo broadcast under way."""
+    """One grouped gloo broadcast under way."""
 
-    def __init__(self, work: Any) -> None:
-        self._work = work
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
         self._problem: str | None = None
 
     @property
     def under_way(self) -> bool:
-        """Whether gloo still reads or writes the tensor."""
-        work = self._work
-        return work is not None and not work.is_completed()
+        """Whether gloo still reads or writes a tensor."""
+        return any(not work.is_completed() for work in self._works)
 
     @property
     def released(self) -> bool:
         """Whether this no longer holds the group's sockets open."""
-        return self._work is None
+        return not self._works
 
     def wait(self, deadline: Deadline) -> None:
         """See `Work.wait`. Polled: gloo's own wait cannot be ended by `GlooGroup.close`."""
@@ -39,28 +42,28 @@ class GlooWork:
         if self._problem:
             raise RuntimeError(self._problem)
 
-    def release(self) -> Any:
+    def release(self) -> list[Any]:
         """Give up the broadcast, if it is not over, and return what holds the group's sockets open."""
-        work, self._work = self._work, None
-        if work is not None:
+        works, self._works = self._works, []
+        if works:
             self._problem = "the weight group was closed while a gloo broadcast was under way"
-        return work
+        return works
 
     def _settle(self) -> None:
-        work, self._work = self._work, None
-        if work is not None:
-            self._problem = _outcome(work)
+        works, self._works = self._works, []
+        for work in works:
+            self._problem = self._problem or _outcome(work)
 
 
 # Two functions that return what went wrong: a traceback through them would keep the group's sockets open.
 
 
-def _start(group: Any, tensor: torch.Tensor, options: Any) -> Any:
-    """The broadcast under way, or what kept it from starting."""
+def _start(group: Any, tensors: Sequence[torch.Tensor], options: Any) -> Any:
+    """The broadcasts under way, or what kept them from starting."""
     if group is None:
         return "the weight group is closed"
     try:
-        return group.broadcast([tensor], options)
+        return [group.broadcast([tensor], options) for tensor in tensors]
     except RuntimeError as error:
         return f"a gloo broadcast failed: {error}"
 
@@ -80,22 +83,25 @@ class GlooGroup:
     def __init__(self, store: dist.Store, *, rank: int, size: int, deadline: Deadline) -> None:
         self.rank = rank
         self.size = size
-        # The store must outlive the group: on rank 0 it is the server that the others talk to.
+        # The store must outlive the group: on its host it is the server that the others talk to.
         self._store = store
         self._works: list[GlooWork] = []
         timeout = deadline.left("the gloo group")
         self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
 
-    def broadcast(self, tensor: torch.Tensor, *, root: int, deadline: Deadline) -> GlooWork:
+    def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> GlooWork:
         """See `Group.broadcast`."""
         options = dist.BroadcastOptions()
         options.rootRank = root
-        options.timeout = deadline.left("a gloo broadcast")
-        started = _start(self._group, tensor, options)
+        options.timeout = deadline.left("a gloo broadcast") + MARGIN
+        started = _start(self._group, tensors, options)
         if isinstance(started, str):
             raise RuntimeError(started)
         work = GlooWork(started)
         self._works = [*(earlier for earlier in self._works if not earlier.released), work]
+        if self._group is None:
+            # Closed by another thread in the meantime, which did not see this broadcast.
+            self.close()
         return work
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ reaches the other ranks over the control plane.
 """
 
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -18,10 +19,10 @@ TRANSPORTS = ("gloo", "nccl")
 
 
 class Work(Protocol):
-    """A broadcast under way."""
+    """A grouped broadcast under way."""
 
     def wait(self, deadline: Deadline) -> None:
-        """Block until the tensor may be read (or overwritten, on the root). Raises when a peer is lost."""
+        """Block until the tensors may be read (or overwritten, on the root). Raises when a peer is lost."""
         ...
 
 
@@ -31,8 +32,11 @@ class Group(Protocol):
     rank: int
     size: int
 
-    def broadcast(self, tensor: torch.Tensor, *, root: int, deadline: Deadline) -> Work:
-        """Start to copy `tensor` (contiguous uint8) from rank `root` to all others. Collective."""
+    def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> Work:
+        """Start to copy every tensor (contiguous uint8, not empty) from rank `root` to all others. Collective.
+
+        One grouped collective: both sides pass as many tensors, of the same sizes in the same order.
+        """
         ...
 
     def close(self) -> None:
@@ -46,6 +50,15 @@ def host_store(host: str, *, timeout_s: float) -> tuple[dist.TCPStore, str]:
     return store, f"{host}:{store.port}"
 
 
+def connect_store(address: str, deadline: Deadline) -> dist.TCPStore:
+    """A connection to a hosted store. Raises `OSError` at once if it is no longer there."""
+    host, _, port = address.rpartition(":")
+    timeout = deadline.left("the weight group's store")
+    # torch itself would knock at a closed door until long after its timeout.
+    socket.create_connection((host, int(port)), timeout.total_seconds()).close()
+    return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+
+
 def join_group(
     transport: str,
     store: dist.Store | str,
@@ -54,24 +67,25 @@ def join_group(
     size: int,
     deadline: Deadline,
     device: torch.device | None = None,
+    name: str = "weights",
 ) -> Group:
-    """Join the group as `rank` of `size`. Collective; every rank passes the same `transport`.
+    """Join the group as `rank` of `size`. Collective; every rank passes the same `transport` and `name`.
 
-    `store` is the hosted store (rank 0) or its address. Raises `TimeoutError` or torch's `DistStoreError`
-    when the peers do not come within the deadline.
+    `store` is the hosted store or its address; groups with different names can share one. Raises `TimeoutError`
+    or torch's `DistStoreError` when the peers do not come within the deadline.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"unknown transport {transport!r}, expected one of {', '.join(TRANSPORTS)}")
     if isinstance(store, str):
-        host, _, port = store.rpartition(":")
-        store = dist.TCPStore(host, int(port), is_master=False, timeout=deadline.left("the weight group's store"))
+        store = connect_store(store, deadline)
+    scoped = dist.PrefixStore(name, store)
     if transport == "nccl":
         # cupy is only there on CUDA machines.
         from rollcast.comm.nccl import NcclGroup
 
         assert device is not None
-        return NcclGroup(store, rank=rank, size=size, deadline=deadline, device=device)
-    return GlooGroup(store, rank=rank, size=size, deadline=deadline)
+        return NcclGroup(scoped, rank=rank, size=size, deadline=deadline, device=device)
+    return GlooGroup(scoped, rank=rank, size=size, deadline=deadline)
 
 
 def reachable_host(towards: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Sequence
 
 import torch
 from cupy.cuda import nccl  # pyright: ignore[reportMissingImports]  (CUDA machines only)
@@ -14,7 +15,7 @@ POLL_S = 20e-6
 
 
 class NcclWork:
-    """One NCCL broadcast under way."""
+    """One grouped NCCL broadcast under way."""
 
     def __init__(self, group: "NcclGroup", done: torch.cuda.Event) -> None:
         self._group = group
@@ -46,15 +47,20 @@ class NcclGroup:
         """Whether this rank has left."""
         return self._communicator is None
 
-    def broadcast(self, tensor: torch.Tensor, *, root: int, deadline: Deadline) -> NcclWork:
+    def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> NcclWork:
         """See `Group.broadcast`."""
         communicator = self._communicator
         if communicator is None:
             raise RuntimeError("the weight group is closed")
         deadline.left("an NCCL broadcast")
-        # The bucket was packed (or last read) on the current stream; the broadcast must not overtake that.
+        # The tensors were written (or last read) on the current stream; the broadcast must not overtake that.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        communicator.bcast(tensor.data_ptr(), tensor.nbytes, nccl.NCCL_UINT8, root, self._stream.cuda_stream)
+        nccl.groupStart()
+        try:
+            for tensor in tensors:
+                communicator.bcast(tensor.data_ptr(), tensor.nbytes, nccl.NCCL_UINT8, root, self._stream.cuda_stream)
+        finally:
+            nccl.groupEnd()
         done = torch.cuda.Event()
         done.record(self._stream)
         return NcclWork(self, done)

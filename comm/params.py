@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -101,19 +101,30 @@ class WeightSource:
         self.manifest = self.current()
 
     def __iter__(self) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
-        """Yield (spec, full tensor on the trainer's device, still in the trainer's dtype). Collective.
+        """Yield (spec, full tensor) of every parameter in manifest order; see `walk`. Collective."""
+        for param, tensor in self.walk(range(len(self.manifest.specs))):
+            yield self.manifest.specs[param], tensor
 
-        Raises `ValueError` before the first tensor when the weights no longer match the manifest.
+    def walk(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (index, full tensor on the trainer's device, still in the trainer's dtype) in the given order.
+
+        Collective: sharded tensors are gathered one at a time. Raises `ValueError` before the first tensor when
+        the weights no longer match the manifest.
         """
-        if difference := self.manifest.difference(self.current()):
-            raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
         named = self._named()
-        for spec, tensor in zip(self.manifest.specs, named.values(), strict=True):
-            yield spec, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if difference := self.manifest.difference(self._specs(named)):
+            raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
+        tensors = list(named.values())
+        for param in order:
+            tensor = tensors[param]
+            yield param, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def current(self) -> Manifest:
         """The manifest of the weights as they are now. Not collective."""
-        return Manifest(tuple(self._spec(name, tensor) for name, tensor in self._named().items()))
+        return self._specs(self._named())
+
+    def _specs(self, named: Mapping[str, torch.Tensor]) -> Manifest:
+        return Manifest(tuple(self._spec(name, tensor) for name, tensor in named.items()))
 
     def _spec(self, name: str, tensor: torch.Tensor) -> ParamSpec:
         if tensor.is_meta:

@@ -1,97 +1,114 @@
-"""How a manifest is cut into buckets: pure data, the same on both sides.
+"""What travels on which lane, and in which order: pure data and pure functions, the same on both sides.
 
-A bucket is one broadcast. Parameters keep their order; each starts at a multiple of `ALIGN_BYTES` in its
-bucket; one that does not fit in a bucket is split over several.
+A worker says where each piece of each parameter lands in it (`Move`). Workers with equal moves share a lane.
+A lane's moves, in the order of their targets, become messages, and messages become buckets; a bucket is one
+grouped collective.
 """
 
 import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from rollcast.comm.buckets import Bucket, Message, Move, fill_buckets
 from rollcast.comm.params import Manifest
-
-# Copies are fastest, and views of any dtype possible, when every slice starts at a multiple of this.
-ALIGN_BYTES = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where a run of one parameter's elements lies in a bucket."""
-
-    param: int
-    """Index into the manifest."""
-    start: int
-    """First element of the run, in the flattened parameter."""
-    numel: int
-    offset: int
-    """First byte of the run in the bucket."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Slots that travel in one broadcast of `nbytes` bytes."""
-
-    nbytes: int
-    slots: tuple[Slot, ...]
+from rollcast.comm.region import Region
 
 
 @dataclass(frozen=True)
-class BucketPlan:
-    """Every bucket of one sync. Both sides build it with `build_plan` and compare `digest`."""
+class Lane:
+    """One sending trainer rank and all workers that keep exactly the same bytes."""
 
-    manifest: Manifest
-    bucket_bytes: int
+    index: int
+    sender: int
+    """Trainer rank."""
+    workers: tuple[int, ...]
     buckets: tuple[Bucket, ...]
 
     @cached_property
-    def nbytes(self) -> int:
-        """Bytes on the wire, padding included."""
-        return sum(bucket.nbytes for bucket in self.buckets)
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 over every message of every bucket."""
+        state = hashlib.sha256()
+        for bucket in self.buckets:
+            state.update(repr(bucket).encode())
+        return state.hexdigest()
 
     @cached_property
-    def buffer_bytes(self) -> int:
-        """Bytes that a bucket buffer needs."""
-        return max(bucket.nbytes for bucket in self.buckets)
+    def nbytes(self) -> int:
+        """Bytes that each worker of the lane receives in a sync."""
+        return sum(message.nbytes for bucket in self.buckets for message in bucket.messages)
+
+    @cached_property
+    def messages(self) -> tuple[Message, ...]:
+        return tuple(message for bucket in self.buckets for message in bucket.messages)
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """Every lane of one sync. All trainer ranks hold the same; a worker holds its own lane."""
+
+    manifest: Manifest
+    walk: tuple[int, ...]
+    """Parameters in the order in which the trainer ranks gather them: that of the workers' memory."""
+    lanes: tuple[Lane, ...]
 
     @cached_property
     def digest(self) -> str:
-        """Hexadecimal SHA-256 over the manifest and every slot."""
-        state = hashlib.sha256(self.manifest.digest.encode())
-        for bucket in self.buckets:
-            state.update(repr((bucket.nbytes, bucket.slots)).encode())
-        return state.hexdigest()
+        """Hexadecimal SHA-256 over all of it: equal digests mean equal plans."""
+        lanes = [(lane.index, lane.sender, lane.workers, lane.digest) for lane in self.lanes]
+        return hashlib.sha256(repr((self.manifest.digest, self.walk, lanes)).encode()).hexdigest()
+
+    def lane_of(self, worker: int) -> Lane:
+        """The lane that a worker receives on."""
+        return next(lane for lane in self.lanes if worker in lane.workers)
 
 
-def build_plan(manifest: Manifest, *, bucket_bytes: int) -> BucketPlan:
-    """Cut `manifest` into buckets of at most `bucket_bytes` bytes. Deterministic and without communication."""
-    if bucket_bytes < ALIGN_BYTES:
-        raise ValueError(f"bucket_bytes must be at least {ALIGN_BYTES}, got {bucket_bytes}")
-    buckets: list[Bucket] = []
-    slots: list[Slot] = []
-    used = 0
+def whole_moves(manifest: Manifest) -> tuple[Move, ...]:
+    """Moves of a worker that keeps every parameter whole, under the trainer's name."""
+    return tuple(
+        Move(index, region, spec.name, region)
+        for index, spec in enumerate(manifest.specs)
+        if (region := Region.whole(spec.shape, spec.dtype)).numel
+    )
 
-    def close() -> None:
-        nonlocal used
-        if slots:
-            buckets.append(Bucket(used, tuple(slots)))
-        slots.clear()
-        used = 0
 
+def build_transfer(
+    manifest: Manifest,
+    landings: Mapping[str, Sequence[Move]],
+    workers: Sequence[str],
+    *,
+    senders: int = 1,
+    bucket_bytes: int,
+) -> TransferPlan:
+    """Plan the sync of `manifest` into workers that keep `landings[workers[i]]`. Deterministic, no communication.
+
+    `landings` maps a digest to moves in the order of the worker's memory. Lanes go round the `senders` trainer
+    ranks. Raises `ValueError` naming the first parameter that no worker keeps.
+    """
+    used = {move.param for moves in landings.values() for move in moves}
     for index, spec in enumerate(manifest.specs):
-        if _aligned(used) + spec.nbytes > bucket_bytes:
-            close()
-        start = 0
-        while True:
-            offset = _aligned(used)
-            numel = min(spec.numel - start, (bucket_bytes - offset) // spec.dtype.itemsize)
-            slots.append(Slot(index, start, numel, offset))
-            used, start = offset + numel * spec.dtype.itemsize, start + numel
-            if start == spec.numel:
-                break
-            close()
-    close()
-    return BucketPlan(manifest, bucket_bytes, tuple(buckets))
+        if index not in used and spec.numel:
+            raise ValueError(f"the engine's model has no place for parameter {spec}: do not send it")
+    walk = walk_order(landings.values())
+    lanes = tuple(
+        Lane(
+            index,
+            index % senders,
+            tuple(worker for worker, its in enumerate(workers) if its == digest),
+            fill_buckets(moves, walk, bucket_bytes=bucket_bytes),
+        )
+        for index, (digest, moves) in enumerate(landings.items())
+    )
+    return TransferPlan(manifest, walk, lanes)
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+def walk_order(landings: Iterable[Sequence[Move]]) -> tuple[int, ...]:
+    """Parameters by the first place that they reach in the workers' memory."""
+    ordinals: dict[tuple[int | None, str], int] = {}
+    first: dict[int, tuple[int, int]] = {}
+    for moves in landings:
+        for move in moves:
+            ordinal = ordinals.setdefault((move.stage, move.target), len(ordinals))
+            place = ordinal, move.region.offset
+            first[move.param] = min(place, first.get(move.param, place))
+    return tuple(sorted(first, key=lambda param: (first[param], param)))

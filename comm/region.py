@@ -1,5 +1,6 @@
 """A strided part of a tensor, as data (both sides)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -26,6 +27,28 @@ class Region:
         assert offset_bytes % part.element_size() == 0
         return cls(tuple(part.shape), tuple(part.stride()), offset_bytes // part.element_size(), part.dtype)
 
+    @classmethod
+    def whole(cls, shape: Sequence[int], dtype: torch.dtype) -> "Region":
+        """All of a contiguous tensor."""
+        strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        return cls(tuple(shape), tuple(strides), 0, dtype)
+
+    def flat(self) -> "Region":
+        """The same elements in one dimension. Contiguous regions only."""
+        assert self.is_contiguous
+        return Region((self.numel,), (1,), self.offset, self.dtype)
+
+    def rows(self, start: int, count: int) -> "Region":
+        """At most `count` rows (indices of the first dimension) from `start` on."""
+        count = min(count, self.shape[0] - start)
+        offset = self.offset + start * self.stride[0]
+        return Region((count, *self.shape[1:]), self.stride, offset, self.dtype)
+
+    def row(self) -> "Region":
+        """The only row, without the dimension that counts rows."""
+        assert self.shape[0] == 1
+        return Region(self.shape[1:], self.stride[1:], self.offset, self.dtype)
+
     @property
     def numel(self) -> int:
         return prod(self.shape)
@@ -51,3 +74,13 @@ class Region:
         if tensor.dtype != self.dtype:
             raise ValueError(f"a region of {self.dtype} cannot view a tensor of {tensor.dtype}")
         return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
+
+    def bytes_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The region's bytes in `tensor`: a flat uint8 view. Contiguous regions only."""
+        return self.flat().view(tensor).view(torch.uint8)
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, flat; a copy if it is not contiguous."""
+    # One element counts as contiguous with any stride; viewed as bytes, it needs stride 1.
+    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

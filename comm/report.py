@@ -36,7 +36,7 @@ class WorkerReport:
     """One worker's side of a sync."""
 
     rank: int
-    """Rank in the weight group; rank 0 is the sender."""
+    """Number among the workers of all engines, engine by engine, from 1; 0 stands for the trainers."""
     phases_s: Mapping[str, float]
 
 
@@ -48,9 +48,10 @@ class SyncReport:
     nbytes: int
     """Bytes of weights, counted once, whatever the number of workers."""
     phases_s: Mapping[str, float]
-    """Seconds by phase. On the trainer: `plan` (agree, pause, make or check the group), `gather` (full tensors
+    """Seconds by phase. On the trainer: `plan` (agree, pause, make or check the lanes), `gather` (full tensors
     from shards), `pack` (cast and copy into buckets), `wire` (waiting for broadcasts), `control` (waiting for
-    the engines' answers, resume). From the slowest worker: `apply`. `total` is from call to return."""
+    the engines' answers, resume), `verify` (checksums). From the slowest worker: `apply`. `total` is from call to
+    return."""
     workers: tuple[WorkerReport, ...] = field(default=())
 
     @property
@@ -64,7 +65,7 @@ class SyncReport:
 
     @property
     def slowest_rank(self) -> int:
-        """Rank in the weight group of the worker that took longest; 0, the sender, if there are no workers."""
+        """Number, from 1, of the worker that took longest; 0 if there are no workers."""
         slowest = max(self.workers, key=lambda worker: sum(worker.phases_s.values()), default=None)
         return slowest.rank if slowest else 0
 

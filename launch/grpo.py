@@ -105,6 +105,7 @@ def rollout_config(config: GrpoConfig, folder: Path) -> RolloutConfig:
         pause_mode=config.pause_mode,
         bucket_bytes=config.bucket_mib << 20,
         sync_timeout_s=config.sync_timeout_s,
+        verify=config.verify,
         log_dir=str(folder),
     )
     eager = config.enforce_eager

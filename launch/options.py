@@ -58,6 +58,8 @@ class GrpoConfig:
     pause_mode: str = "keep"
     bucket_mib: int = 256
     sync_timeout_s: float = 60.0
+    verify: str = "none"
+    self_test: bool = True
     logprob_tolerance: float | None = None
     enforce_eager: bool | None = None
     runs: str = "runs"
@@ -108,6 +110,9 @@ HELP = {
     "pause_mode": "what a sync does to requests in flight",
     "bucket_mib": "MiB of one broadcast",
     "sync_timeout_s": "a sync that takes longer than this many seconds fails",
+    "verify": "how a sync makes sure that what arrived is what was sent; checksum: hashes made on both sides, "
+    "full: everything is sent again and compared with what is in the engines' memory",
+    "self_test": "first send the engines the weights that they have loaded: not a byte may change",
     "logprob_tolerance": "stop if engine and trainer log-probabilities differ by more; "
     "default: 1e-3 in float32, no bound otherwise",
     "enforce_eager": "no torch.compile and CUDA graphs in the engines; default: only on CPU",
@@ -116,6 +121,7 @@ HELP = {
 CHOICES = {
     "parallel": ("fsdp2", "ddp"),
     "device": ("auto", "cpu", "cuda"),
+    "verify": ("none", "checksum", "full"),
 }
 
 
@@ -138,7 +144,7 @@ def parse(argv: Sequence[str] | None = None) -> GrpoConfig:
 
 def _add(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
     flag = "--" + name.replace("_", "-")
-    if name == "enforce_eager":
+    if name in ("enforce_eager", "self_test"):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=HELP[name])
         return
     kind = {"max_model_len": int, "logprob_tolerance": float}.get(name, str if default is None else type(default))

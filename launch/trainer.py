@@ -77,6 +77,8 @@ class Grpo:
 
     def run(self) -> None:
         """All steps, then one more rollout to see what the last sync brought."""
+        if self.config.self_test:
+            self.broadcaster.self_test()
         for step in range(self.config.steps):
             self.report.add(self.step(step))
         rollout = self.generate()

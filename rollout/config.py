@@ -12,6 +12,8 @@ from rollcast.rollout.errors import PreflightError
 
 PAUSE_MODES = ("keep", "wait", "abort")
 PREFIX_CACHE_POLICIES = ("clear", "keep")
+VERIFY_MODES = ("none", "checksum", "full")
+CPU_WEIGHTS = ("packed", "plain")
 POSITIVE = (
     "trainers",
     "tensor_parallel_size",
@@ -57,6 +59,12 @@ class RolloutConfig:
     """What a sync does to requests in flight: "keep" freezes them, "wait" lets them finish, "abort" ends them."""
     prefix_cache: str = "clear"
     """What a sync does to the prefix cache. "keep" is faster, and serves keys of the old weights."""
+    verify: str = "none"
+    """How a sync makes sure that the weights are those that were sent. "checksum" compares 64-bit hashes of every
+    stretch of bytes, made on both sides' devices. "full" also sends everything again and compares it with what is
+    in memory: twice the time."""
+    cpu_weights: str = "packed"
+    """Layout of linear weights in CPU engines: "packed" is vLLM's, "plain" the one that CUDA engines have."""
     bucket_bytes: int = 256 << 20
     """Bytes of one broadcast, and of each of two buffers on the sender and on every worker."""
     sync_timeout_s: float = 60.0
@@ -71,6 +79,8 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         one_of("pause_mode", self.pause_mode, PAUSE_MODES)
         one_of("prefix_cache", self.prefix_cache, PREFIX_CACHE_POLICIES)
+        one_of("verify", self.verify, VERIFY_MODES)
+        one_of("cpu_weights", self.cpu_weights, CPU_WEIGHTS)
         one_of("device", self.device, DEVICES)
         for name in POSITIVE:
             if getattr(self, name) <= 0:

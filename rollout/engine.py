@@ -5,8 +5,10 @@ import re
 from enum import Enum
 from typing import Any
 
+import msgspec
+
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.records import Completion, JoinGroup, Launch, Prepare, Receive, Sampling, WorkerTimes
+from rollcast.rollout.records import Completion, JoinGroup, Launch, Receive, Sampling, WorkerTimes
 
 # What vLLM wraps around a worker's own text.
 VLLM_WRAPPING = re.compile(
@@ -101,38 +103,70 @@ class Engine:
                 task.cancel()
             self._waiting.difference_update(tasks)
 
-    async def prepare(self, request: Prepare) -> None:
-        """Let every worker find where the parameters land."""
-        await self._call("rollcast_prepare", request.manifest, request.bucket_bytes, request.digest)
+    async def prepare(self, manifest: bytes) -> list[str]:
+        """Let every worker find where the parameters land. The digest of each worker's plan."""
+        await self._refuse_asleep()
+        return await self._call("rollcast_prepare", manifest)
+
+    async def describe_landing(self) -> list[bytes]:
+        """Each worker's landing plan."""
+        return await self._call("rollcast_describe_landing")
 
     async def join(self, request: JoinGroup) -> None:
-        """Let every worker join the weight group."""
+        """Let every worker join the group of its lane."""
         await self._call(
             "rollcast_join",
             request.transport,
             request.address,
-            request.first_rank,
-            request.size,
+            [list(msgspec.structs.astuple(assignment)) for assignment in request.assignments],
+            request.walk,
+            request.bucket_bytes,
             request.timeout_s,
         )
 
     async def receive(self, request: Receive) -> list[WorkerTimes]:
         """Pause, then receive new weights in all workers with one call. The engine is torn until `commit`."""
-        if request.version <= self.version:
+        try:
+            return await self._receive(request)
+        except BaseException:
+            # A sender that waits for these workers must not wait until its deadline.
+            await self._call("rollcast_leave")
+            raise
+
+    async def _receive(self, request: Receive) -> list[WorkerTimes]:
+        if request.version <= self.version and not request.unchanged:
             raise EngineError(f"engine {self._index} has version {self.version}: {request.version} is not newer")
+        if request.unchanged and (self._state is not State.SERVING or request.version != self.version):
+            raise EngineError(
+                f"engine {self._index} has version {self.version}, {self._state.value}: a self-test needs engines that "
+                f"serve version {request.version}, so sync first"
+            )
+        await self._refuse_asleep()
         self._receiving = asyncio.current_task()
         self._paused = True
-        async with asyncio.timeout(request.timeout_s):
-            await self._llm.pause_generation(mode=request.pause_mode, clear_cache=False)
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                await self._llm.pause_generation(mode=request.pause_mode, clear_cache=False)
+        except TimeoutError:
+            late = f"did not pause within {request.timeout_s:.1f} s (pause_mode is {request.pause_mode!r})"
+            raise EngineError(f"engine {self._index} {late}") from None
         self._state = State.RECEIVING
-        phases = await self._call("rollcast_receive", request.version, request.digest, request.timeout_s)
+        phases = await self._call(
+            "rollcast_receive", request.version, request.digests, request.verify, request.unchanged, request.timeout_s
+        )
         return [WorkerTimes(request.first_rank + rank, worker) for rank, worker in enumerate(phases)]
+
+    async def _refuse_asleep(self) -> None:
+        # vLLM says that a paused engine sleeps, too.
+        if not self._paused and await self._llm.is_sleeping():
+            raise EngineError(f"engine {self._index} sleeps: its weights cannot be updated before wake_up")
 
     async def commit(self, version: int, prefix_cache: str) -> None:
         """All engines have the weights: clear the prefix cache if asked to, set the version, resume."""
         if prefix_cache == "clear":
             await self._clear_prefix_cache()
-        self._history.append(version)
+        if version != self.version:
+            self._history.append(version)
         self._state = State.SERVING
         self._paused = False
         await self._llm.resume_generation()

@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from rollcast.comm import Deadline
 from rollcast.comm.group import reachable_host
+from rollcast.rollout import layout
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.records import Launch
@@ -131,6 +132,7 @@ def engine_environ(config: RolloutConfig, world: World) -> dict[str, str]:
     """The engine's environment: no torchrun, this package importable, its own GPUs or cores."""
     environ = without_torchrun(os.environ)
     environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    environ[layout.VARIABLE] = config.cpu_weights
     if config.resolved_device() == "cuda":
         first = world.local_rank
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,160 +1,189 @@
-"""Watches vLLM's loader run on tensors without data, and notes what it copies where (worker)."""
+"""Watches vLLM's loader run on tensors without data, and notes what it does with them (worker)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise, product
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
 from rollcast.comm import Region
-from rollcast.rollout.errors import RollcastError
+from rollcast.rollout.copies import through_copy
+from rollcast.rollout.tape import COPY, PLACES, LandingError, Op, Ref
 
 aten = torch.ops.aten
 
-# Copies that keep every element and its place: reading through them is reading the source.
+# Copies that keep every element in its place: reading through them is reading the original.
 FAITHFUL_COPIES = frozenset({aten.clone.default, aten._to_copy.default})
-# Operations that look at a tensor's shape and dtype only.
-SHAPE_ONLY = frozenset(
-    {aten.empty_like.default, aten.new_empty.default, aten.zeros_like.default, aten.ones_like.default}
-)
-
-
-class LandingError(RollcastError):
-    """The engine's model cannot take these weights in place."""
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One piece of one parameter: from a region of the received tensor to a region of a live one."""
-
-    param: int
-    """Index into the manifest."""
-    source: Region
-    target: str
-    """vLLM's name of the live tensor."""
-    region: Region
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """A region of a live tensor that the loader sets to a constant."""
-
-    target: str
-    region: Region
-    value: torch.Tensor
-    """Scalar, or of the region's shape."""
+# Answers without tensors that depend on shapes only.
+SHAPE_QUESTIONS = frozenset({aten.is_same_size.default})
+# What looks at the shape and dtype of its first argument only.
+SHAPE_ONLY = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full")
+# Its values are its second argument's.
+COPIES = frozenset({aten.copy_.default, aten.fill_.Tensor})
 
 
 class Recorder(TorchDispatchMode):
-    """Notes copies from manifest tensors (meta) into live tensors; computes geometry only."""
+    """Notes the operations on sources and live tensors (all on meta) and whatever is made of them.
 
-    def __init__(self, sources: Sequence[torch.Tensor], live: dict[str, torch.Tensor]) -> None:
+    Tensors are known by their storage, which all views of a tensor share, on meta too: any chain of views is one
+    strided region, and needs no note.
+    """
+
+    def __init__(self, sources: Sequence[torch.Tensor], live: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.moves: list[Move] = []
-        self.fills: list[Fill] = []
-        self._sources = {_storage(tensor): (index, tensor.dtype) for index, tensor in enumerate(sources)}
-        self._live: dict[int, tuple[str, int]] = {}
+        self.ops: list[Op] = []
+        self.values: list[torch.Tensor] = []
+        self.shown = "no parameter yet"
+        """What the loader is busy with."""
+        # By storage. Everything known is kept alive: a later tensor could get the same address.
+        self._whole: dict[int, torch.Tensor] = {}
+        self._roots: dict[int, tuple[str, int | str, int]] = {}
+        # Temporaries that are faithful copies: what they are a copy of, and their own layout.
+        self._copies: dict[int | str, tuple[Ref, Region]] = {}
+        self._temps = 0
+        self._busy: dict[int, str] = {}
+        for index, tensor in enumerate(sources):
+            self._register("source", index, tensor)
         for name, tensor in live.items():
-            self._live.setdefault(_storage(tensor), (name, int(tensor.storage_offset()) * tensor.element_size()))
-        # Storages of faithful copies: (parameter, region of the source that they are). Kept alive with them,
-        # or a later tensor could get the same address.
-        self._copies: dict[int, tuple[int, Region, torch.Tensor]] = {}
+            self._register("live", name, tensor)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if not any(self._is_tracked(tensor) for tensor in tensors):
+        tensors = _tensors((*args, *kwargs.values()))
+        if not any(map(self._is_known, tensors)) and not _is_made_on_meta(kwargs):
             return func(*args, **kwargs)
-        if func is aten.copy_.default and self._is_live(args[0]):
-            self._note_copy(args[0], args[1])
-            return args[0]
+        if func is aten.scalar_tensor.default:
+            return func(*args, **kwargs | {"device": torch.device("cpu")})
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise LandingError(f"the loader draws random numbers ({func})")
+        if torch.Tag.inplace_view in func.tags:
+            return self._view_in_place(func, args, kwargs)
         if func._schema.is_mutable:
-            if func in (aten.zero_.default, aten.fill_.Scalar) and self._is_live(args[0]):
-                self._note_fill(args[0], torch.tensor([*args, 0][1], dtype=args[0].dtype))
-                return args[0]
-            raise LandingError(f"the loader changes a tensor in place ({func})")
-        if "device" in kwargs and any(self._is_source(tensor) for tensor in tensors):
+            self._note_write(func, args, kwargs)
+            return args[0]
+        if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
-        result = func(*args, **kwargs)
-        if func in FAITHFUL_COPIES and self._is_source(args[0]):
-            index, region = self._origin(args[0])
-            if not _widens(region.dtype, args[0].dtype):
-                raise LandingError(f"the loader casts {region.dtype} to {args[0].dtype} and then again")
-            self._copies[_storage(result)] = (index, region, result)
-        elif any(self._is_live(tensor) for tensor in tensors) and func not in SHAPE_ONLY:
-            self._refuse_unless_view(func, result)
-        return result
+        if not all(tensor.is_meta for tensor in tensors):
+            outcome = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
+        else:
+            outcome = func(*args, **kwargs)
+        results = _tensors((outcome,))
+        if not results and func not in SHAPE_QUESTIONS:
+            raise LandingError(f"what the loader does depends on the values of the weights ({func})")
+        if not all(self._is_known(result) for result in results):
+            self._note_results(func, args, kwargs, results)
+        return outcome
 
-    def _refuse_unless_view(self, func: Any, result: Any) -> None:
-        for leaf in tree_leaves(result):
-            if not isinstance(leaf, torch.Tensor) or not self._is_live(leaf):
-                raise LandingError(f"the loader computes with a live parameter ({func})")
+    def _note_results(self, func: Any, args: Any, kwargs: Any, results: list[torch.Tensor]) -> None:
+        if func._schema.name.removeprefix("aten::") in SHAPE_ONLY:
+            args = (self._blank(args[0]), *args[1:])
+        plain_args, plain_kwargs = tree_map(self._argument, (args, kwargs))
+        made = tuple(None if self._is_known(result) else self._new_temp(result) for result in results)
+        self._note(func, plain_args, plain_kwargs, made)
+        if func in FAITHFUL_COPIES and made[0] is not None and self._is_known(args[0]):
+            origin = self._ref(args[0])
+            if origin.kind == "source" and _widens(origin.region.dtype, results[0].dtype):
+                self._copies[made[0].key] = origin, Region.of(results[0])
 
-    def _is_live(self, tensor: torch.Tensor) -> bool:
-        return _storage(tensor) in self._live
+    def _view_in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The tensor itself becomes a view, such as with `t_()`: no note, if it still is of the same memory."""
+        before, nbytes = self._roots.get(_storage(args[0])), args[0].untyped_storage().nbytes()
+        outcome = func(*args, **kwargs)
+        after = self._roots.get(_storage(args[0])), args[0].untyped_storage().nbytes()
+        if before is None or before[0] == "live" or after != (before, nbytes):
+            raise LandingError(f"the loader changes the shape or the memory of a tensor in place ({func})")
+        return outcome
 
-    def _is_source(self, tensor: torch.Tensor) -> bool:
-        return _storage(tensor) in self._sources or _storage(tensor) in self._copies
+    def _blank(self, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of its shape and dtype that has no values."""
+        layout = list(like.shape), list(like.stride())
+        blank = torch.empty_strided(*layout, dtype=like.dtype, device="meta")
+        self._note(aten.empty_strided.default, layout, {"dtype": like.dtype}, (self._new_temp(blank),))
+        return blank
 
-    def _is_tracked(self, tensor: torch.Tensor) -> bool:
-        return self._is_live(tensor) or self._is_source(tensor)
-
-    def _origin(self, tensor: torch.Tensor) -> tuple[int, Region]:
-        """The manifest parameter and the region of it that `tensor` holds."""
-        key = _storage(tensor)
-        if key in self._sources:
-            index, dtype = self._sources[key]
-            if tensor.dtype != dtype or tensor.is_conj() or tensor.is_neg():
-                raise LandingError(f"the loader takes the bytes of {dtype} for something else")
-            return index, Region.of(tensor)
-        if key not in self._copies:
-            raise LandingError("the loader computes the value instead of copying it")
-        index, region, copy = self._copies[key]
-        if (tensor.shape, tensor.stride(), tensor.dtype) != (copy.shape, copy.stride(), copy.dtype):
-            raise LandingError("the loader takes a part of a copy")
-        return index, region
-
-    def _note_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        if not self._is_tracked(source) and not source.is_meta:
-            self._note_fill(target, source.detach().clone())
+    def _note_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        changed = [argument.name for argument in func._schema.arguments if _is_written(argument)]
+        if changed != [func._schema.arguments[0].name]:
+            raise LandingError(f"the loader changes a tensor in a way that cannot be noted ({func})")
+        target = args[0]
+        if not self._is_known(target):
+            raise LandingError("the loader copies a weight into a tensor of its own")
+        kind, key, _ = self._roots[_storage(target)]
+        if kind == "source":
+            self._separate(target)
+        elif kind == "temp":
+            self._copies.pop(key, None)
+        if func in COPIES:
+            source = torch.as_tensor(args[1])
+            source = source.expand(target.shape) if self._is_known(source) else source
+            self.ops.append(Op(COPY, (self._ref(target), self._argument(source, widened=True)), {}, writes=True))
             return
-        index, region = self._origin(source)
-        if source.dtype != target.dtype and not _widens(region.dtype, source.dtype):
-            raise LandingError(f"the loader casts {region.dtype} to {source.dtype} on the way to {target.dtype}")
-        if source.shape != target.shape:
-            if source.numel() != target.numel():
-                raise LandingError(f"the loader stretches {list(source.shape)} to {list(target.shape)}")
-            region = Region.of(
-                torch.empty(0, device="meta", dtype=region.dtype)
-                .as_strided(region.shape, region.stride, region.offset)
-                .expand(target.shape)
-            )
-        name, base = self._live[_storage(target)]
-        self.moves.append(Move(index, region, name, Region.of(target, base_offset_bytes=base)))
+        plain_args, plain_kwargs = tree_map(self._argument, (args, kwargs))
+        self._note(func, plain_args, plain_kwargs, (), writes=True)
 
-    def _note_fill(self, target: torch.Tensor, value: torch.Tensor) -> None:
-        name, base = self._live[_storage(target)]
-        region = Region.of(target, base_offset_bytes=base)
-        if any(move.target == name and _overlap(move.region, region) for move in self.moves):
-            raise LandingError(f"the loader overwrites a part of {name} that it has loaded")
-        self.fills.append(Fill(name, region, value))
+    def _note(self, func: Any, args: Any, kwargs: Any, made: tuple[Ref | None, ...], *, writes: bool = False) -> None:
+        kept = {name: value for name, value in kwargs.items() if name not in PLACES}
+        self.ops.append(Op(str(func), tuple(args), kept, made, writes))
 
+    def _separate(self, source: torch.Tensor) -> None:
+        """The loader is about to change a source: from now on that memory is a copy of it."""
+        root = _storage(source)
+        whole = self._whole[root]
+        origin = self._ref(whole)
+        del self._roots[root], self._whole[root]
+        self.ops.append(Op("aten.clone.default", (origin,), {}, (self._new_temp(whole),)))
 
-def intervals(region: Region) -> list[tuple[int, int]]:
-    """The region as runs of elements [start, end) of the flat tensor."""
-    if region.numel == 0:
-        return []
-    dims = [(size, stride) for size, stride in zip(region.shape, region.stride, strict=True) if size > 1]
-    run = 1
-    while dims and dims[-1][1] == run:
-        run *= dims.pop()[0]
-    starts = [sum(steps) for steps in product(*(range(0, size * stride, stride) for size, stride in dims))]
-    return [(region.offset + start, region.offset + start + run) for start in starts]
+    def _argument(self, leaf: Any, *, widened: bool = False) -> Any:
+        """A tensor as what it is a part of; anything else as it is."""
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if self._is_known(leaf):
+            return self._ref(leaf, widened=widened)
+        if leaf.is_meta:
+            raise LandingError("the loader computes with a tensor whose values are not known")
+        self.values.append(leaf.detach().clone(memory_format=torch.contiguous_format))
+        return Ref("value", len(self.values) - 1, Region.whole(leaf.shape, leaf.dtype))
+
+    def _ref(self, tensor: torch.Tensor, *, widened: bool = False) -> Ref:
+        """What the tensor is a part of. With `widened` also through copies that have a wider dtype."""
+        kind, key, base = self._roots[_storage(tensor)]
+        whole = self._whole[_storage(tensor)]
+        if tensor.dtype != whole.dtype or tensor.is_conj() or tensor.is_neg():
+            raise LandingError(f"the loader takes the bytes of {whole.dtype} for something else")
+        region = Region.of(tensor, base_offset_bytes=base)
+        if kind == "temp" and key in self._copies:
+            origin, layout = self._copies[key]
+            if widened or origin.region.dtype == tensor.dtype:
+                original = through_copy(origin.region, layout, region)
+                if original is not None:
+                    return Ref(origin.kind, origin.key, original)
+        return Ref(kind, key, region)
+
+    def _new_temp(self, tensor: torch.Tensor) -> Ref:
+        self._temps += 1
+        self._busy[_storage(tensor)] = self.shown
+        self._register("temp", self._temps, tensor)
+        return self._ref(tensor)
+
+    def _register(self, kind: str, key: int | str, tensor: torch.Tensor) -> None:
+        base = int(tensor.storage_offset()) * tensor.element_size()
+        self._roots.setdefault(_storage(tensor), (kind, key, base))
+        # Not the tensor itself: the loader can give that another memory, or another shape.
+        self._whole.setdefault(_storage(tensor), tensor.data)
+
+    def kept(self) -> Iterator[int | str]:
+        """Sources (by index), and temporaries (by what the loader was busy with), that somebody still has."""
+        nobody = _uses(torch.empty(0, device="meta"))
+        for root, whole in self._whole.items():
+            kind, key, _ = self._roots[root]
+            if kind != "live" and _uses(whole) > nobody:
+                yield self._busy.get(root, key)
+
+    def _is_known(self, leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and _storage(leaf) in self._roots
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -162,13 +191,42 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _uses(tensor: torch.Tensor) -> int:
+    """How many tensors share the memory, plus a constant."""
+    return torch._C._storage_Use_Count(_storage(tensor))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _tensors(leaves: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among these, and in lists among these. (A tree walk of torch's takes most of a compile's time.)"""
+    found: list[torch.Tensor] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, list | tuple):
+            found += _tensors(leaf)
+    return found
+
+
+def _on_meta(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+    return leaf
+
+
+def _is_made_on_meta(kwargs: Mapping[str, Any]) -> bool:
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type == "meta"
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
 def _widens(narrow: torch.dtype, wide: torch.dtype) -> bool:
     """Whether every value of `narrow` is one of `wide`."""
     if narrow == wide:
         return True
-    return narrow.is_floating_point and wide.is_floating_point and torch.promote_types(narrow, wide) == wide
-
-
-def _overlap(first: Region, second: Region) -> bool:
-    runs = sorted(intervals(first) + intervals(second))
-    return any(start < end for (_, end), (start, _) in pairwise(runs))
+    if not (narrow.is_floating_point and wide.is_floating_point):
+        return False
+    few, many = torch.finfo(narrow), torch.finfo(wide)
+    return few.eps >= many.eps and few.max <= many.max and few.tiny * few.eps >= many.tiny * many.eps

@@ -46,22 +46,51 @@ class Generated(msgspec.Struct, frozen=True, tag=True):
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True):
-    """Find where every parameter lands and make the bucket plan, in every worker. Answered by `Done`."""
+    """Find where every parameter lands, in every worker. Answered by `Prepared`."""
 
     manifest: bytes
-    bucket_bytes: int
+
+
+class Prepared(msgspec.Struct, frozen=True, tag=True):
+    """Every worker has its landing plan."""
+
+    digests: list[str]
+    """Of each worker's plan."""
+
+
+class DescribeLanding(msgspec.Struct, frozen=True, tag=True):
+    """Ask for the landing plan of each worker. Answered by `LandingPlans`."""
+
+
+class LandingPlans(msgspec.Struct, frozen=True, tag=True):
+    """`LandingPlan.to_bytes()` of each worker."""
+
+    plans: list[bytes]
+
+
+class Assignment(msgspec.Struct, frozen=True, array_like=True):
+    """One worker's place in its lane."""
+
+    lane: int
+    rank: int
+    """In the lane's group; its sender is rank 0."""
+    size: int
+    sender: int
+    """Trainer rank."""
     digest: str
-    """Digest of the sender's plan. A worker whose own plan differs refuses."""
+    """Of the lane's buckets. A worker whose own differ refuses."""
 
 
 class JoinGroup(msgspec.Struct, frozen=True, tag=True):
-    """Join the weight group with every worker of the engine. Answered by `Done`."""
+    """Join the lanes' groups with every worker of the engine. Answered by `Done`."""
 
     transport: str
     address: str
-    first_rank: int
-    """Group rank of the engine's first worker."""
-    size: int
+    assignments: list[Assignment]
+    """Of each worker."""
+    walk: list[int]
+    """Parameters in the order of the wire."""
+    bucket_bytes: int
     timeout_s: float
 
 
@@ -69,9 +98,14 @@ class Receive(msgspec.Struct, frozen=True, tag=True):
     """Pause, then receive one sync into the live weights; the engine is torn until `Commit`. Answered by `Received`."""
 
     version: int
-    digest: str
+    digests: list[str]
+    """Of each worker's lane."""
     first_rank: int
+    """Number of the engine's first worker among those of all engines, from 1."""
     pause_mode: str
+    verify: str
+    unchanged: bool
+    """A self-test: the version stays, and no tensor may change."""
     timeout_s: float
 
 
@@ -79,6 +113,7 @@ class WorkerTimes(msgspec.Struct, frozen=True):
     """One worker's seconds by phase."""
 
     rank: int
+    """Among those of all engines, from 1."""
     phases_s: dict[str, float]
 
 
@@ -121,7 +156,8 @@ class Fingerprint(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fingerprints(msgspec.Struct, frozen=True, tag=True):
-    """For each worker of the engine: SHA-256 of the bytes of each parameter and buffer, by vLLM's name."""
+    """For each worker of the engine: SHA-256 of the bytes of each parameter and buffer, by vLLM's name, and
+    of what linears compute whose weights are packed out of sight."""
 
     workers: list[dict[str, str]]
 
@@ -136,8 +172,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     text: str
 
 
-Request = Generate | Prepare | JoinGroup | Receive | Commit | Abandon | Describe | Fingerprint
-Reply = Generated | Received | Description | Fingerprints | Done | Failed
+Request = Generate | Prepare | DescribeLanding | JoinGroup | Receive | Commit | Abandon | Describe | Fingerprint
+Reply = Generated | Prepared | LandingPlans | Received | Description | Fingerprints | Done | Failed
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):

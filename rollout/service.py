@@ -22,6 +22,7 @@ from rollcast.rollout.records import (
     Abandon,
     Commit,
     Describe,
+    DescribeLanding,
     Description,
     Done,
     Failed,
@@ -30,8 +31,10 @@ from rollcast.rollout.records import (
     Generate,
     Generated,
     JoinGroup,
+    LandingPlans,
     Launch,
     Prepare,
+    Prepared,
     Receive,
     Received,
     Reply,
@@ -87,7 +90,9 @@ class Service:
             case Generate():
                 return Generated(await self._engine.generate(request.prompts, request.sampling))
             case Prepare():
-                await self._engine.prepare(request)
+                return Prepared(await self._engine.prepare(request.manifest))
+            case DescribeLanding():
+                return LandingPlans(await self._engine.describe_landing())
             case JoinGroup():
                 await self._engine.join(request)
             case Receive():

@@ -1,29 +1,16 @@
 """One sync, from the trainer's call until the engines serve the new version (every trainer rank)."""
 
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import Any
+from concurrent.futures import Future, wait
 
-import torch
-
-from rollcast.comm import (
-    Deadline,
-    Group,
-    PhaseTimer,
-    SyncReport,
-    WeightBroadcaster,
-    WeightSource,
-    build_plan,
-    host_store,
-    join_group,
-)
+from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightBroadcaster, WeightSource
 from rollcast.comm.agree import Agreement, first_error, unanimous
 from rollcast.comm.report import WorkerReport
-from rollcast.rollout.config import PAUSE_MODES, RolloutConfig, one_of
+from rollcast.rollout.config import PAUSE_MODES, VERIFY_MODES, RolloutConfig, one_of
 from rollcast.rollout.errors import EngineError, SyncError
+from rollcast.rollout.lanes import Lanes
 from rollcast.rollout.pool import Pool, collect, expect
-from rollcast.rollout.records import Abandon, Commit, JoinGroup, Prepare, Receive, Received, Reply
+from rollcast.rollout.records import Abandon, Commit, Receive, Received, Reply
 
-SENDER = 0
 # Shares of the sync's timeout. What is left after the wire is for asking the engines what went wrong and for
 # telling the other ranks, so that all of them raise in time.
 WIRE_SHARE = 0.8
@@ -61,35 +48,42 @@ class PoolBroadcaster:
         self._host = host
         self._name = name
         self._attempt = 0
-        self._transport = "nccl" if config.resolved_device() == "cuda" else "gloo"
-        on_gpu = self._transport == "nccl"
-        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        self._plan = build_plan(source.manifest, bucket_bytes=config.bucket_bytes)
-        self._broadcaster = WeightBroadcaster(source, self._plan, device=self._device)
-        self._group: Group | None = None
+        self._lanes = Lanes(pool, agreement, source.manifest, config=config, rank=rank)
+        self._broadcaster: WeightBroadcaster | None = None
         self.closed = False
         self.version = version
 
-    @property
-    def is_sender(self) -> bool:
-        """Whether this rank talks to the engines; the others gather shards with it."""
-        return self._rank == SENDER
-
-    def sync(self, *, version: int, pause_mode: str | None = None) -> SyncReport:
+    def sync(self, *, version: int, pause_mode: str | None = None, verify: str | None = None) -> SyncReport:
         """Send the weights as they are now; every engine serves them as `version` when this returns.
 
-        Collective over the trainer ranks, which all get the sender's report. `version` must grow. `pause_mode`
-        says what happens to requests in flight ("keep", "wait" or "abort"; None: as configured). Raises
+        Collective over the trainer ranks, which all get rank 0's report. `version` must grow. `pause_mode` says
+        what happens to requests in flight ("keep", "wait" or "abort"), `verify` how it is made sure that what
+        arrived is what was sent ("none", "checksum" or "full"; see `RolloutConfig`); None: as configured. Raises
         `ValueError` for bad input, and `SyncError` with the words of whoever failed.
         """
+        return self._sync(version, pause_mode, verify, unchanged=False)
+
+    def self_test(self) -> SyncReport:
+        """Send the weights that the engines already have, with `verify="full"`: not a byte may change.
+
+        For a trainer that starts from the very checkpoint that the engines have loaded. It proves the landing of
+        this model, packed and quantised modules included, against vLLM's own load. Collective over the trainer
+        ranks; the version stays. Raises `SyncError` naming the tensors that changed.
+        """
+        return self._sync(self.version, None, "full", unchanged=True)
+
+    def _sync(self, version: int, pause_mode: str | None, verify: str | None, *, unchanged: bool) -> SyncReport:
+        # First of all: a rank whose call is refused must stay in step with those whose call is not.
+        self._attempt += 1
         pause_mode = pause_mode or self._config.pause_mode
+        verify = verify or self._config.verify
         one_of("pause_mode", pause_mode, PAUSE_MODES)
+        one_of("verify", verify, VERIFY_MODES)
         if self.closed:
             raise RuntimeError("this broadcaster was closed: the job is over, or job.broadcaster() made a newer one")
-        self._attempt += 1
         timer = PhaseTimer()
         with timer("plan"):
-            self._agree_on_plan(version)
+            self._agree_on_plan(version, verify, unchanged)
         timeout_s = self._config.sync_timeout_s
         end, deadline = Deadline(timeout_s), Deadline(timeout_s * WIRE_SHARE)
         receiving: list[Future[Reply]] = []
@@ -97,14 +91,17 @@ class PoolBroadcaster:
         workers: list[WorkerReport] = []
         try:
             with timer("plan"):
-                if self.is_sender:
-                    self._ensure_group(deadline)
-                    receiving = self._start_receiving(version, pause_mode, deadline)
-            self._broadcaster.send(self._group, deadline=deadline, timer=timer)
+                broadcaster = self._open(deadline)
+            failure = self._start_receiving(receiving, version, pause_mode, verify, unchanged, deadline)
+            for again in (False, True)[: 2 if verify == "full" else 1]:
+                sent = self._send(broadcaster, deadline, timer, checksums=verify != "none" and not again)
+                failure = failure or sent
+            if failure is not None:
+                raise failure
             with timer("control"):
                 workers = self._reports(collect(receiving, deadline=deadline))
-        except Exception as failure:
-            error = failure
+        except Exception as problem:
+            error = problem
         with timer("control"):
             self._conclude(version, error, receiving, end)
         self.version = version
@@ -113,21 +110,24 @@ class PoolBroadcaster:
     def close(self) -> None:
         """Leave the weight group. Idempotent; `sync` is not possible afterwards."""
         self.closed = True
-        self._leave()
+        self._lanes.close()
 
-    def _leave(self) -> None:
-        if self._group is not None:
-            self._group.close()
-        self._group = None
+    def _open(self, deadline: Deadline) -> WeightBroadcaster:
+        """The lanes' sender, on lanes that work. Raises on all ranks or on none."""
+        if self._lanes.plan is None or self._broadcaster is None:
+            plan = self._lanes.open(f"{self._name}/{self._attempt}", self._host, deadline)
+            self._broadcaster = WeightBroadcaster(self._source, plan, rank=self._rank, device=self._lanes.device)
+        return self._broadcaster
 
     def _decide(self, topic: str, word: str, deadline: Deadline) -> str:
         judge = unanimous if topic == "plan" else first_error
         return self._agreement.decide(f"{self._name}/{self._attempt}/{topic}", word, judge, deadline=deadline)
 
-    def _agree_on_plan(self, version: int) -> None:
+    def _agree_on_plan(self, version: int, verify: str, unchanged: bool) -> None:
         """All trainer ranks must be about to send the same thing: a rank with another plan would hang the rest."""
         current = self._source.current()
-        word = f"version {version} after {self.version}, weights {current.digest[:16]}"
+        what = "self-test" if unchanged else f"verify {verify}"
+        word = f"version {version} after {self.version}, {what}, weights {current.digest[:16]}"
         deadline = Deadline(self._config.trainer_timeout_s)
         try:
             verdict = self._decide("plan", word, deadline)
@@ -137,67 +137,64 @@ class PoolBroadcaster:
             raise SyncError(f"sync of version {version} did not start: {verdict} (trainer_timeout_s)")
         if verdict:
             raise ValueError(verdict)
-        if difference := self._plan.manifest.difference(current):
+        if difference := self._source.manifest.difference(current):
             raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
-        if version <= self.version:
+        if version <= self.version and not unchanged:
             raise ValueError(f"version must grow: {version} after {self.version}")
 
-    def _ensure_group(self, deadline: Deadline) -> None:
-        """Prepare the workers and join a group with them, unless the last sync left one that works."""
-        if self._group is not None:
-            return
-        manifest = self._plan.manifest.to_bytes()
-        self._pool.ask_all(Prepare(manifest, self._plan.bucket_bytes, self._plan.digest), deadline=deadline)
-        store, address = host_store(self._host, timeout_s=deadline.left_s())
-        size = 1 + self._pool.engines * self._config.tensor_parallel_size
-        joining: list[Future[Any]] = [
-            self._pool.request(
-                engine, JoinGroup(self._transport, address, self._first_rank(engine), size, deadline.left_s())
-            )
-            for engine in range(self._pool.engines)
-        ]
-        # On a thread: an engine that fails to join is heard of at once, not when the deadline is over.
-        thread = ThreadPoolExecutor(1, thread_name_prefix="rollcast-join")
-        own = thread.submit(
-            join_group, self._transport, store, rank=0, size=size, deadline=deadline, device=self._device
-        )
-        thread.shutdown(wait=False)
-        wait([*joining, own], timeout=deadline.left_s(), return_when=FIRST_EXCEPTION)
-        collect([future for future in joining if future.done()])
-        if not own.done():
-            missing = [str(engine) for engine, future in enumerate(joining) if not future.done()]
-            raise TimeoutError(f"engine {', '.join(missing)} did not join the weight group at {address} in time")
-        self._group = own.result()
-        collect(joining, deadline=deadline)
+    def _start_receiving(
+        self,
+        receiving: "list[Future[Reply]]",
+        version: int,
+        mode: str,
+        verify: str,
+        unchanged: bool,
+        deadline: Deadline,
+    ) -> Exception | None:
+        """Rank 0: make every engine receive. What went wrong, if anything: the ranks must walk their weights first."""
+        plan, groups = self._lanes.plan, list(self._lanes.groups.values())
+        assert plan is not None
 
-    def _start_receiving(self, version: int, mode: str, deadline: Deadline) -> "list[Future[Reply]]":
-        digest = self._plan.digest
-        receiving = [
-            self._pool.request(engine, Receive(version, digest, self._first_rank(engine), mode, deadline.left_s()))
-            for engine in range(self._pool.engines)
-        ]
-        group = self._group
-        assert group is not None
-        for future in receiving:
-            # A broadcast to a worker that gave up would last until the deadline; leaving the group ends it.
-            future.add_done_callback(lambda done: group.close() if done.exception() else None)
-        return receiving
+        def leave_if_failed(done: "Future[Reply]") -> None:
+            # A broadcast to a worker that gave up would last until the deadline; leaving the groups ends it.
+            if done.exception():
+                for group in groups:
+                    group.close()
 
-    def _first_rank(self, engine: int) -> int:
-        """Group rank of an engine's first worker; rank 0 is the sender."""
-        return 1 + engine * self._config.tensor_parallel_size
+        size = self._config.tensor_parallel_size
+        try:
+            for engine in range(self._pool.engines if self._rank == 0 else 0):
+                digests = [plan.lane_of(worker).digest for worker in range(engine * size, (engine + 1) * size)]
+                request = Receive(version, digests, 1 + engine * size, mode, verify, unchanged, deadline.left_s())
+                receiving.append(self._pool.request(engine, request))
+                receiving[-1].add_done_callback(leave_if_failed)
+        except Exception as error:
+            return error
+        return None
+
+    def _send(
+        self, broadcaster: WeightBroadcaster, deadline: Deadline, timer: PhaseTimer, *, checksums: bool
+    ) -> Exception | None:
+        """Send everything once. A failure is returned: the other ranks may have another walk before them."""
+        try:
+            broadcaster.send(self._lanes.groups, deadline=deadline, timer=timer, checksums=checksums)
+        except Exception as error:
+            for group in self._lanes.groups.values():
+                group.close()
+            return error
+        return None
 
     def _conclude(self, version: int, error: Exception | None, receiving: "list[Future[Reply]]", end: Deadline) -> None:
         """Agree on the outcome; commit it, or raise the same `SyncError` on every rank."""
         try:
             words = self._decide("sent", self._words(error, receiving), end)
             if not words:
-                words = self._decide("committed", self._commit(version, end) if self.is_sender else "", end)
+                words = self._decide("committed", self._commit(version, end) if self._rank == 0 else "", end)
         except TimeoutError as late:
             words = str(late)
         if words:
-            self._leave()
-            if self.is_sender:
+            self._lanes.close()
+            if self._rank == 0:
                 self._abandon(words)
             raise SyncError(f"sync of version {version} failed: {words}") from error
 
@@ -238,4 +235,4 @@ class PoolBroadcaster:
         apply_s = max((worker.phases_s.get("apply", 0.0) for worker in workers), default=0.0)
         phases_s = dict.fromkeys(("plan", "gather", "pack", "wire", "control"), 0.0) | timer.phases_s
         phases_s |= {"apply": apply_s, "total": timer.total_s()}
-        return SyncReport(version, self._plan.manifest.nbytes, phases_s, tuple(workers))
+        return SyncReport(version, self._source.manifest.nbytes, phases_s, tuple(workers))

@@ -153,7 +153,7 @@ def test_waits_on_a_spent_deadline_name_themselves(ranks: Ranks) -> None:
     assert "trainer rank 0" in ranks.agreements[0].decide("topic", "word", "".join, deadline=deadline)
     group = join_group("gloo", dist.HashStore(), rank=0, size=1, deadline=Deadline(LONG_S))
     with pytest.raises(TimeoutError, match="a gloo broadcast"):
-        group.broadcast(torch.zeros(1, dtype=torch.uint8), root=0, deadline=deadline)
+        group.broadcast([torch.zeros(1, dtype=torch.uint8)], root=0, deadline=deadline)
 
 
 def test_peers_that_do_not_come_are_not_waited_for() -> None:
@@ -181,7 +181,7 @@ with ThreadPoolExecutor(2) as threads:
         for rank, where in enumerate((store, address))
     ]
 group, peer = [future.result() for future in joining]
-work = group.broadcast(torch.zeros(1 << 20, dtype=torch.uint8), root=0, deadline=Deadline(5))
+work = group.broadcast([torch.zeros(1 << 20, dtype=torch.uint8)], root=0, deadline=Deadline(5))
 group.close()
 try:
     work.wait(Deadline(30))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_exact import check_equal, fresh_fingerprint, synced_facts
+from test_exact import check_equal, fresh_engine, synced_facts
 from torchrun import run_job
 
 pytestmark = [
@@ -25,10 +25,10 @@ def run_grpo(tmp_path: Path, *flags: str) -> dict[str, Any]:
 
 
 def test_a_synced_engine_equals_a_fresh_one_on_gpus(tmp_path: Path) -> None:
-    facts = synced_facts("untied", tmp_path, trainers=1, engines=1)
-    before = fresh_fingerprint(tmp_path / "initial", tmp_path / "before.json")
-    after = fresh_fingerprint(tmp_path / "saved", tmp_path / "after.json")
-    check_equal(facts, before, after, engines=1)
+    shape: Any = {"tensor_parallel_size": 1, "cpu_weights": "plain"}
+    facts = synced_facts("llama", tmp_path, trainers=1, engines=1, **shape)
+    after = fresh_engine(tmp_path / "saved", tmp_path / "after.json", **shape)
+    check_equal(facts, after, engines=1)
 
 
 def test_the_main_job_learns_on_gpus(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_it_learns_from_scratch(tmp_path: Path) -> None:
     assert "INFO" not in done.output, "vLLM's log belongs in the run folder"
 
 
+@pytest.mark.slow
 def test_two_trainers_and_two_engines_learn(tmp_path: Path) -> None:
     done, report = run_grpo(tmp_path, "--trainers", "2", ranks=4)
     assert done.code == 0, done.output

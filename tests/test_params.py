@@ -113,16 +113,12 @@ def test_difference_names_the_first_divergent_parameter(other: tuple, words: str
 def test_module_sends_tied_weights_once_and_only_persistent_buffers() -> None:
     net = Net()
     source = WeightSource(net)
-    expected = {
-        "scale": net.scale,
-        "embed.weight": net.embed.weight,
-        "norm.weight": net.norm.weight,
-        "norm.bias": net.norm.bias,
-    }
     got = list(source)
-    assert names(source) == NET_NAMES == [spec.name for spec, _ in got] == list(expected)
-    for spec, tensor in got:
-        assert torch.equal(tensor, expected[spec.name])
+    assert names(source) == NET_NAMES == [spec.name for spec, _ in got]
+    for (spec, tensor), expected in zip(
+        got, (net.get_buffer("scale"), net.embed.weight, *net.norm.parameters()), strict=True
+    ):
+        assert torch.equal(tensor, expected)
         assert (spec.shape, spec.dtype) == (tuple(tensor.shape), tensor.dtype)
 
 
@@ -188,13 +184,8 @@ def test_wire_dtype_changes_floating_point_specs_only() -> None:
         "index": torch.zeros(3, dtype=torch.uint8),
     }
     source = WeightSource(weights, dtype=torch.bfloat16)
-    assert [spec.dtype for spec in source.manifest.specs] == [
-        torch.bfloat16,
-        torch.bfloat16,
-        torch.int64,
-        torch.bool,
-        torch.uint8,
-    ]
+    wire = [torch.bfloat16, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
+    assert [spec.dtype for spec in source.manifest.specs] == wire
     # The values stay what the trainer holds: casting is the packer's work.
     assert [tensor.dtype for _, tensor in source] == [tensor.dtype for tensor in weights.values()]
     assert [spec.dtype for spec in WeightSource(weights).manifest.specs] == [t.dtype for t in weights.values()]
@@ -235,7 +226,7 @@ def test_weights_that_changed_are_refused_before_the_first_tensor(change: dict, 
     source = WeightSource(weights)
     weights.update(change)
     with pytest.raises(ValueError, match=words):
-        next(iter(source))
+        next(source.walk([0]))
 
 
 def test_new_values_are_sent_wherever_they_live() -> None:
@@ -245,3 +236,12 @@ def test_new_values_are_sent_wherever_they_live() -> None:
     weights["b"] = nn.Parameter(torch.full((3,), 2.0))
     assert [tensor.tolist() for _, tensor in source] == [[1.0, 1.0], [2.0, 2.0, 2.0]]
     assert not any(tensor.requires_grad for _, tensor in source)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1,), ()], ids=str)
+def test_walk_yields_the_parameters_asked_for_in_that_order(order: tuple[int, ...]) -> None:
+    weights = {"a": torch.zeros(2), "b": torch.ones(3).half(), "c": torch.arange(4)}
+    got = list(WeightSource(weights, dtype=torch.bfloat16).walk(order))
+    assert [param for param, _ in got] == list(order)
+    for param, tensor in got:
+        assert tensor.data_ptr() == list(weights.values())[param].data_ptr()

@@ -1,162 +1,191 @@
-"""Cutting a manifest into buckets: a table, and every rule of a plan on random manifests."""
+"""Lanes and the order of the walk: who sends what to whom, the same on both sides."""
 
 import random
-from itertools import pairwise
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from moves import random_sink, random_weights
 
-from rollcast.comm import BucketPlan, Manifest, ParamSpec, build_plan
-from rollcast.comm.plan import ALIGN_BYTES
+from rollcast.comm import (
+    Lane,
+    Manifest,
+    Move,
+    ParamSpec,
+    Region,
+    TransferPlan,
+    WeightSource,
+    build_transfer,
+    whole_moves,
+)
+from rollcast.comm.plan import walk_order
 
-DTYPES = (torch.bool, torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int64, torch.complex128)
+F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
+BASE = (("a", (4, 100), F32), ("c", (8,), I8))
 
-# Sizes in elements, dtype, bucket_bytes, and for each bucket: its bytes and (param, start, numel, offset).
-TABLE = {
-    "one": ([100], torch.uint8, 1024, [(100, [(0, 0, 100, 0)])]),
-    "aligned": ([100, 7], torch.uint8, 1024, [(263, [(0, 0, 100, 0), (1, 0, 7, 256)])]),
-    "exact fit": ([512, 512], torch.uint8, 1024, [(1024, [(0, 0, 512, 0), (1, 0, 512, 512)])]),
-    "one byte over": ([512, 513], torch.uint8, 1024, [(512, [(0, 0, 512, 0)]), (513, [(1, 0, 513, 0)])]),
-    "split": (
-        [2500, 100],
-        torch.uint8,
-        1024,
-        [(1024, [(0, 0, 1024, 0)]), (1024, [(0, 1024, 1024, 0)]), (612, [(0, 2048, 452, 0), (1, 0, 100, 512)])],
+
+def manifest(*rows: tuple[str, tuple[int, ...], torch.dtype]) -> Manifest:
+    return Manifest(tuple(ParamSpec(*row) for row in rows))
+
+
+def plan_of(rows=BASE, *, workers=("w",), senders: int = 1, bucket_bytes: int = 1024) -> TransferPlan:
+    """Every worker keeps everything; workers of different names have lanes of their own."""
+    landings = {name: whole_moves(manifest(*rows)) for name in dict.fromkeys(workers)}
+    return build_transfer(manifest(*rows), landings, workers, senders=senders, bucket_bytes=bucket_bytes)
+
+
+def flat(param: int, target: str, start: int = 0, *, numel: int = 4, stage: int | None = None) -> Move:
+    return Move(param, Region.whole((numel,), F32), target, Region((numel,), (1,), start, F32), stage)
+
+
+def test_whole_moves_are_every_parameter_in_place() -> None:
+    rows = (("a", (2, 3), F32), ("none", (0, 4), F32), ("s", (), BF16), ("b", (5, 1, 2), I8))
+    moves = whole_moves(manifest(*rows))
+    assert [(move.param, move.target, move.stage, move.in_place) for move in moves] == [
+        (0, "a", None, True),
+        (2, "s", None, True),
+        (3, "b", None, True),
+    ]
+    for move in moves:
+        _, shape, dtype = rows[move.param]
+        assert move.source == move.region == Region.of(torch.empty(shape, dtype=dtype))
+
+
+WALKS: dict[str, tuple[list[list[Move]], tuple[int, ...]]] = {
+    "memory, not manifest": ([[flat(2, "x"), flat(0, "y"), flat(1, "z")]], (2, 0, 1)),
+    "places in one target": ([[flat(0, "x", 8), flat(1, "x", 0), flat(2, "x", 4)]], (1, 2, 0)),
+    "first of two places": ([[flat(1, "y"), flat(0, "x"), flat(1, "z")], [flat(0, "w"), flat(1, "v")]], (1, 0)),
+    "second worker's rest": ([[flat(0, "x"), flat(2, "y")], [flat(2, "y"), flat(0, "x"), flat(1, "z")]], (0, 2, 1)),
+    "experts in turns": (
+        [[flat(0, "e", 0), flat(1, "e", 4)], [flat(2, "e", 0), flat(3, "e", 4)]],
+        (0, 2, 1, 3),
     ),
-    "split starts a bucket": (
-        [100, 1500],
-        torch.uint8,
-        1024,
-        [(100, [(0, 0, 100, 0)]), (1024, [(1, 0, 1024, 0)]), (476, [(1, 1024, 476, 0)])],
-    ),
-    "many times": ([768], torch.uint8, 256, [(256, [(0, start, 256, 0)]) for start in (0, 256, 512)]),
-    "odd bucket": ([300], torch.float32, 1022, [(1020, [(0, 0, 255, 0)]), (180, [(0, 255, 45, 0)])]),
-    "zero elements": ([0, 3, 0], torch.float32, 1024, [(256, [(0, 0, 0, 0), (1, 0, 3, 0), (2, 0, 0, 256)])]),
-    "only zero elements": ([0], torch.float32, 1024, [(0, [(0, 0, 0, 0)])]),
-    "zero after full": ([1024, 0], torch.uint8, 1024, [(1024, [(0, 0, 1024, 0), (1, 0, 0, 1024)])]),
+    "stages apart": ([[flat(1, "x", stage=0), flat(2, "x", stage=1), flat(0, "x", 4, stage=0)]], (1, 0, 2)),
+    "same place": ([[flat(1, "x"), flat(0, "x")]], (0, 1)),
+    "not kept": ([[flat(3, "x"), flat(1, "y")]], (3, 1)),
+    "nothing": ([[]], ()),
 }
 
 
-@pytest.mark.parametrize(("sizes", "dtype", "bucket_bytes", "expected"), TABLE.values(), ids=TABLE)
-def test_table(sizes: list[int], dtype: torch.dtype, bucket_bytes: int, expected: list) -> None:
-    plan = build_plan(uniform(sizes, dtype), bucket_bytes=bucket_bytes)
-    got = [(b.nbytes, [(s.param, s.start, s.numel, s.offset) for s in b.slots]) for b in plan.buckets]
-    assert got == expected
-    assert plan.nbytes == sum(nbytes for nbytes, _ in expected)
-    assert plan.buffer_bytes == max(nbytes for nbytes, _ in expected)
+@pytest.mark.parametrize(("landings", "expected"), WALKS.values(), ids=WALKS)
+def test_walk_follows_the_workers_memory(landings: list[list[Move]], expected: tuple[int, ...]) -> None:
+    assert walk_order(landings) == expected
 
 
-def test_scalar_takes_one_element() -> None:
-    plan = build_plan(Manifest((ParamSpec("s", (), torch.float32),)), bucket_bytes=256)
-    assert [(slot.start, slot.numel) for slot in plan.buckets[0].slots] == [(0, 1)]
+def test_walk_of_a_plan_is_that_of_its_workers() -> None:
+    moves = whole_moves(manifest(*BASE))
+    plan = build_transfer(manifest(*BASE), {"w": moves[::-1]}, ["w"], bucket_bytes=1024)
+    assert plan.walk == (1, 0)
+    assert [message.target for message in plan.lanes[0].messages] == ["c", "a", "a"]
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_random_plans_keep_every_rule(seed: int) -> None:
+def test_workers_with_equal_digests_share_a_lane() -> None:
+    plan = plan_of(workers=("p", "q", "p", "r", "q", "p"))
+    assert [lane.workers for lane in plan.lanes] == [(0, 2, 5), (1, 4), (3,)]
+    assert [plan.lane_of(worker).index for worker in range(6)] == [0, 1, 0, 2, 1, 0]
+    assert [lane.index for lane in plan.lanes] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("senders", "expected"), [(1, [0] * 5), (2, [0, 1, 0, 1, 0]), (3, [0, 1, 2, 0, 1]), (8, [0, 1, 2, 3, 4])]
+)
+def test_lanes_go_round_the_senders(senders: int, expected: list[int]) -> None:
+    assert [lane.sender for lane in plan_of(workers=tuple("pqrst"), senders=senders).lanes] == expected
+
+
+def test_bytes_of_a_lane_are_those_of_its_messages() -> None:
+    lane = plan_of(bucket_bytes=256).lanes[0]
+    assert lane.nbytes == 1600 + 8
+    assert [m for bucket in lane.buckets for m in bucket.messages] == list(lane.messages)
+    assert len(lane.messages) == 7 + 1
+
+
+@pytest.mark.parametrize("kept", [[], [0], [2]], ids=["none", "first", "last"])
+def test_a_parameter_that_no_worker_keeps_is_named(kept: list[int]) -> None:
+    specs = manifest(("a", (2, 2), F32), ("none", (0,), F32), ("z", (3,), BF16))
+    moves = [move for move in whole_moves(specs) if move.param in kept]
+    first = "z [3] bfloat16" if 0 in kept else "a [2, 2] float32"
+    with pytest.raises(ValueError, match=f"no place for parameter {first}".replace("[", r"\[").replace("]", r"\]")):
+        build_transfer(specs, {"w": moves, "v": moves[:1]}, ["w", "v"], bucket_bytes=256)
+
+
+def test_every_parameter_needs_one_worker_only() -> None:
+    specs = manifest(("a", (2,), F32), ("none", (0,), F32), ("z", (3,), BF16))
+    first, second = whole_moves(specs)
+    plan = build_transfer(specs, {"w": [second], "v": [first]}, ["v", "w"], bucket_bytes=256)
+    assert [[message.target for message in plan.lane_of(worker).messages] for worker in (0, 1)] == [["a"], ["z"]]
+    assert plan.walk == (2, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_both_sides_make_equal_plans_and_digests(seed: int) -> None:
     rng = random.Random(seed)
-    for _ in range(12):
-        manifest = random_manifest(rng)
-        plan = build_plan(manifest, bucket_bytes=rng.choice([256, 300, 1024, 4096, 65537]))
-        check_every_element_travels_once_in_order(plan)
-        check_slots_lie_in_their_buckets(plan)
-        check_only_the_oversized_are_split(plan)
-        assert build_plan(Manifest.from_bytes(manifest.to_bytes()), bucket_bytes=plan.bucket_bytes) == plan
-
-
-def test_random_manifests_hold_every_kind() -> None:
-    """The property test means nothing without split, zero-element and scalar parameters."""
-    rng = random.Random(0)
-    specs = [spec for _ in range(30) for spec in random_manifest(rng).specs]
-    assert {spec.dtype for spec in specs} == set(DTYPES)
-    assert any(spec.shape == () for spec in specs)
-    assert any(spec.numel == 0 for spec in specs)
-    assert any(spec.nbytes > 20 * 4096 for spec in specs)
-
-
-def check_every_element_travels_once_in_order(plan: BucketPlan) -> None:
-    elements: list[tuple[int, int, int]] = []
-    for slot in (slot for bucket in plan.buckets for slot in bucket.slots):
-        elements.append((slot.param, slot.start, slot.start + slot.numel))
-    for index, spec in enumerate(plan.manifest.specs):
-        runs = [(start, stop) for param, start, stop in elements if param == index]
-        assert runs, f"{spec} has no slot"
-        assert runs[0][0] == 0
-        assert runs[-1][1] == spec.numel
-        assert all(left[1] == right[0] for left, right in pairwise(runs))
-    assert [param for param, _, _ in elements] == sorted(param for param, _, _ in elements)
-
-
-def check_slots_lie_in_their_buckets(plan: BucketPlan) -> None:
-    for bucket in plan.buckets:
-        end = 0
-        for slot in bucket.slots:
-            assert slot.offset % ALIGN_BYTES == 0
-            assert slot.offset >= end
-            end = slot.offset + slot.numel * plan.manifest.specs[slot.param].dtype.itemsize
-        assert bucket.slots
-        assert end == bucket.nbytes <= plan.bucket_bytes
-    assert plan.buffer_bytes == max(bucket.nbytes for bucket in plan.buckets)
-    assert plan.nbytes == sum(bucket.nbytes for bucket in plan.buckets)
-
-
-def check_only_the_oversized_are_split(plan: BucketPlan) -> None:
-    pieces = [0] * len(plan.manifest.specs)
-    for bucket in plan.buckets:
-        for slot in bucket.slots:
-            pieces[slot.param] += 1
-    for spec, count in zip(plan.manifest.specs, pieces, strict=True):
-        bucket_elements = plan.bucket_bytes // spec.dtype.itemsize
-        assert count == max(1, -(-spec.numel // bucket_elements))
-
-
-def test_digest_is_equal_on_both_sides() -> None:
-    manifest = random_manifest(random.Random(1))
-    theirs = build_plan(Manifest.from_bytes(manifest.to_bytes()), bucket_bytes=1024)
-    assert build_plan(manifest, bucket_bytes=1024).digest == theirs.digest
+    specs = WeightSource(random_weights(rng)).manifest
+    moves, bucket_bytes = random_sink(rng, specs).moves(), rng.choice([256, 1024, 65537])
+    plans = [
+        build_transfer(side, {"w": tuple(moves)}, ["w"], bucket_bytes=bucket_bytes)
+        for side in (specs, Manifest.from_bytes(specs.to_bytes()))
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0].digest == plans[1].digest
+    assert plans[0].lanes[0].digest == plans[1].lanes[0].digest
 
 
 @pytest.mark.parametrize(
     ("rows", "bucket_bytes"),
     [
-        ([("b", (4, 100), torch.float32), ("c", (8,), torch.int8)], 1024),
-        ([("a", (100, 4), torch.float32), ("c", (8,), torch.int8)], 1024),
-        ([("a", (4, 100), torch.int32), ("c", (8,), torch.int8)], 1024),
-        ([("a", (4, 100), torch.float32), ("c", (8,), torch.bool)], 1024),
-        ([("c", (8,), torch.int8), ("a", (4, 100), torch.float32)], 1024),
-        ([("a", (4, 100), torch.float32)], 1024),
-        ([("a", (4, 100), torch.float32), ("c", (8,), torch.int8)], 1280),
+        ([("b", (4, 100), F32), BASE[1]], 1024),
+        ([("a", (100, 4), F32), BASE[1]], 1024),
+        ([("a", (4, 100), torch.int32), BASE[1]], 1024),
+        ([BASE[0], ("c", (8,), torch.bool)], 1024),
+        ([BASE[1], BASE[0]], 1024),
+        ([BASE[0]], 1024),
+        ([*BASE, ("none", (0,), F32)], 1024),
+        (BASE, 1280),
     ],
-    ids=["name", "shape", "dtype", "last dtype", "order", "fewer", "bucket_bytes"],
+    ids=["name", "shape", "dtype", "last dtype", "order", "fewer", "empty", "bucket_bytes"],
 )
-def test_digest_changes_with_anything_that_matters(rows: list, bucket_bytes: int) -> None:
-    base = Manifest((ParamSpec("a", (4, 100), torch.float32), ParamSpec("c", (8,), torch.int8)))
-    other = Manifest(tuple(ParamSpec(*row) for row in rows))
-    assert build_plan(other, bucket_bytes=bucket_bytes).digest != build_plan(base, bucket_bytes=1024).digest
+def test_digest_changes_with_anything_that_matters(rows, bucket_bytes: int) -> None:
+    assert plan_of(rows, bucket_bytes=bucket_bytes).digest != plan_of().digest
 
 
-@pytest.mark.parametrize("bucket_bytes", [ALIGN_BYTES - 1, 1, 0, -1024])
-def test_bucket_bytes_too_small_is_refused(bucket_bytes: int) -> None:
-    with pytest.raises(ValueError, match=f"at least {ALIGN_BYTES}, got {bucket_bytes}"):
-        build_plan(uniform([1], torch.uint8), bucket_bytes=bucket_bytes)
-
-
-def uniform(sizes: list[int], dtype: torch.dtype) -> Manifest:
-    """Flat parameters of one dtype."""
-    return Manifest(tuple(ParamSpec(f"p{index}", (size,), dtype) for index, size in enumerate(sizes)))
-
-
-def random_manifest(rng: random.Random) -> Manifest:
-    """Scalars, zero-element tensors, small ones, and ones of many times any bucket."""
-    shapes = [
-        (),
-        (0,),
-        (3, 0),
-        (rng.randint(1, 40),),
-        (rng.randint(1, 60), rng.randint(1, 60)),
-        (rng.randint(1, 9000),),
+def test_digest_changes_with_who_sends_to_whom() -> None:
+    plans = [
+        plan_of(workers=("p", "q")),
+        plan_of(workers=("p", "q"), senders=2),
+        plan_of(workers=("p", "q", "p")),
+        plan_of(workers=("p", "q", "q")),
+        plan_of(workers=("p", "p")),
     ]
-    return Manifest(
-        tuple(
-            ParamSpec(f"layer.{index}", rng.choice(shapes), rng.choice(DTYPES)) for index in range(rng.randint(1, 25))
-        )
-    )
+    assert len({plan.digest for plan in plans}) == len(plans)
+    other = replace(plans[0], walk=plans[0].walk[::-1])
+    assert other.digest != plans[0].digest
+
+
+def test_digest_of_a_lane_changes_with_every_field_of_its_messages() -> None:
+    """But not with who sends it, nor to how many: a worker knows only what it keeps."""
+    lane = plan_of().lanes[0]
+    bucket, message = lane.buckets[0], lane.messages[0]
+    region, piece = message.region, message.pieces[0][1]
+    regions = [replace(region, **{name: value}) for name, value in REGION_CHANGES.items()]
+    messages = [replace(message, **{name: value}) for name, value in MESSAGE_CHANGES.items()]
+    messages += [replace(message, region=changed) for changed in regions]
+    messages += [replace(message, pieces=((0, replace(piece, **{k: v})),)) for k, v in REGION_CHANGES.items()]
+    buckets = [replace(bucket, messages=(changed, *bucket.messages[1:])) for changed in messages]
+    buckets += [replace(bucket, nbytes=1), replace(bucket, finishes=(0,)), replace(bucket, messages=())]
+    lanes = [lane, *(replace(lane, buckets=(changed, *lane.buckets[1:])) for changed in buckets)]
+    lanes += [replace(lane, buckets=()), replace(lane, buckets=lane.buckets[::-1])]
+    assert len({changed.digest for changed in lanes}) == len(lanes)
+    assert Lane(7, 3, (1, 2), lane.buckets).digest == lane.digest
+    assert set(MESSAGE_CHANGES) | {"region"} == {field.name for field in fields(message)}
+
+
+REGION_CHANGES = {"shape": (9,), "stride": (7,), "offset": 3, "dtype": BF16}
+MESSAGE_CHANGES = {
+    "target": "other",
+    "stage": 0,
+    "pieces": ((1, Region.whole((256,), F32)),),
+    "in_place": False,
+    "nbytes": 1,
+    "offset": 256,
+}

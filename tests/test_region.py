@@ -103,3 +103,68 @@ def test_wrong_dtype_is_refused() -> None:
     region = Region.of(torch.zeros(4, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"torch\.bfloat16 cannot view a tensor of torch\.float16"):
         region.view(torch.zeros(4, dtype=torch.float16))
+
+
+SHAPES = [(), (1,), (5,), (1, 1), (4, 6), (3, 1, 2), (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_whole_is_all_of_a_contiguous_tensor(shape: tuple[int, ...]) -> None:
+    assert Region.whole(shape, torch.int8) == Region.of(torch.empty(shape, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), (2, 0, 4)], ids=str)
+def test_whole_of_nothing_is_nothing(shape: tuple[int, ...]) -> None:
+    region = Region.whole(shape, torch.int8)
+    assert (region.shape, region.numel, region.nbytes, region.is_contiguous) == (shape, 0, 0, True)
+    assert region.view(torch.empty(shape, dtype=torch.int8)).shape == shape
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_flat_is_the_elements_in_order_of_contiguous_regions_only(part: Part) -> None:
+    tensor = torch.arange(24.0).view(4, 6)
+    region = Region.of(part(tensor))
+    if not region.is_contiguous:
+        with pytest.raises(AssertionError):
+            region.flat()
+        return
+    assert torch.equal(region.flat().view(tensor), part(tensor).flatten())
+    assert region.flat().flat() == region.flat()
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_rows_and_row_are_torchs_slices(part: Part) -> None:
+    tensor = torch.arange(24.0).view(4, 6)
+    expected, region = part(tensor), Region.of(part(tensor))
+    for start in range(expected.shape[0] if expected.dim() else 0):
+        for count in (1, 2, 100):
+            rows = region.rows(start, count)
+            assert torch.equal(rows.view(tensor), expected[start : start + count])
+            assert rows.view(tensor).stride() == expected.stride()
+        assert torch.equal(region.rows(start, 1).row().view(tensor), expected[start])
+
+
+def test_row_is_of_one_row() -> None:
+    with pytest.raises(AssertionError):
+        Region.whole((2, 3), torch.int8).row()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [PARTS["all"], PARTS["rows"], PARTS["row"], PARTS["last element"], lambda t: t[:1, 3:4], lambda t: t[1:2, 2]],
+    ids=["all", "rows", "row", "last element", "1 x 1", "one of a column"],
+)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str)
+def test_bytes_are_those_of_the_contiguous_part(part: Part, dtype: torch.dtype) -> None:
+    tensor = torch.arange(100).remainder(7).to(dtype)[9:33].view(4, 6)
+    data = Region.of(part(tensor), base_offset_bytes=9 * dtype.itemsize).bytes_of(tensor)
+    assert (data.dim(), data.dtype, data.is_contiguous()) == (1, torch.uint8, True)
+    assert data.data_ptr() == part(tensor).data_ptr()
+    assert bytes(data.tolist()) == bytes(part(tensor).clone().untyped_storage().tolist())[: data.numel()]
+    assert data.numel() == part(tensor).nbytes
+
+
+def test_bytes_of_a_strided_part_are_refused() -> None:
+    tensor = torch.zeros(4, 6)
+    with pytest.raises(AssertionError):
+        Region.of(PARTS["columns"](tensor)).bytes_of(tensor)

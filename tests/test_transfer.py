@@ -1,250 +1,229 @@
-"""Weights over real gloo groups: every rank is a thread with its own group, and the bytes must be torch's own."""
+"""Whole parameters over real gloo groups: the bytes are torch's own, however slow a side is."""
 
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import partial
-from typing import Self
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
+from ranks import CPU, LONG_S, Ranks, Tapped, WatchedSource, Weights, all_results, receive, receiver_of, send
+from sides import Sides, cast, check_same_bytes, every_kind, large_source, memory_of, widened
 from torch import distributed as dist
 
 from rollcast.comm import (
     Deadline,
-    Group,
-    ParamSpec,
-    PhaseTimer,
     WeightBroadcaster,
     WeightReceiver,
     WeightSource,
-    build_plan,
-    host_store,
-    join_group,
+    build_transfer,
+    whole_moves,
 )
+from rollcast.comm.buckets import LARGE_BYTES, aligned
 
-CPU = torch.device("cpu")
-BUCKET_BYTES, LONG_S, SHORT_S = 1024, 60.0, 4.0
-Weights = dict[str, torch.Tensor]
-
-
-class Landed:
-    """A `Landing` that keeps a copy of what it is given, or refuses it."""
-
-    def __init__(self, receiver: WeightReceiver, *, refuse: bool) -> None:
-        self.plan = receiver.plan
-        self.refuse = refuse
-        self.tensors: Weights = {}
-        self.begun = self.committed = False
-
-    def begin(self) -> None:
-        self.begun = True
-
-    def land(self, param: int, tensor: torch.Tensor) -> None:
-        assert self.begun and not self.refuse
-        spec = self.plan.manifest.specs[param]
-        assert not self.committed
-        assert spec.name not in self.tensors
-        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype)
-        self.tensors[spec.name] = tensor.clone()
-
-    def commit(self) -> None:
-        assert len(self.tensors) == len(self.plan.manifest.specs)
-        self.committed = True
-
-
-class CountingSource(WeightSource):
-    """Counts the tensors that were taken from it."""
-
-    taken = 0
-
-    def __iter__(self) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
-        for self.taken, item in enumerate(super().__iter__(), start=1):
-            yield item
-
-
-class Ranks:
-    """The ranks of one weight group."""
-
-    def __init__(self, size: int) -> None:
-        self.start = ThreadPoolExecutor(2 * size).submit
-        store, address = host_store("127.0.0.1", timeout_s=LONG_S)
-        join = partial(join_group, "gloo", size=size, deadline=Deadline(LONG_S))
-        joining = [self.start(join, store if rank == 0 else address, rank=rank) for rank in range(size)]
-        self.groups: list[Group] = [future.result(LONG_S) for future in joining]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for group in self.groups:
-            group.close()
-
-    def sync(self, broadcaster: WeightBroadcaster, receivers: list[WeightReceiver]) -> list[Weights]:
-        """Send from rank 0; what landed on each of the others."""
-        sent = self.start(send, broadcaster, self.groups[0])
-        received = [self.start(receive, *pair) for pair in zip(receivers, self.groups[1:], strict=True)]
-        assert set(sent.result(LONG_S).phases_s) == {"gather", "pack", "wire"}
-        return [future.result(LONG_S) for future in received]
+BUCKET_BYTES = 1024
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32], ids=str)
 def test_received_bytes_are_torchs_own_cast(dtype: torch.dtype | None) -> None:
-    broadcaster, receivers = sides(WeightSource(every_kind(seed=0), dtype=dtype), receivers=3)
-    with Ranks(4) as job:
+    sides = Sides(WeightSource(every_kind(seed=0), dtype=dtype), workers=3)
+    with Ranks(range(3)) as ranks:
         assert not dist.is_initialized()
-        for landed in job.sync(broadcaster, receivers):
-            assert_same_bytes(landed, cast(every_kind(seed=0), dtype))
+        sides.sync(ranks)
+    for memory in sides.memories:
+        check_same_bytes(memory.tensors, cast(every_kind(seed=0), dtype))
 
 
 def test_ten_syncs_bring_new_values_in_the_same_buffers() -> None:
     weights = every_kind(seed=0)
-    broadcaster, receivers = sides(WeightSource(weights, dtype=torch.bfloat16), receivers=2)
-    addresses: set[tuple[int, ...]] = set()
-    with Ranks(3) as job:
+    source = WeightSource(weights, dtype=torch.bfloat16)
+    sides = Sides(source, workers=2, moves=widened(source.manifest))
+    buffers: set[tuple[int, ...]] = set()
+    with Ranks(range(2)) as ranks:
         for step in range(10):
             for name, value in every_kind(seed=step).items():
                 weights[name].copy_(value)
-            for landed in job.sync(broadcaster, receivers):
-                assert_same_bytes(landed, cast(every_kind(seed=step), torch.bfloat16))
-            addresses.add(tuple(buffer_addresses(broadcaster, *receivers)))
-    assert len(addresses) == 1
+            sides.sync(ranks)
+            for memory in sides.memories:
+                check_same_bytes(memory.tensors, doubles(cast(every_kind(seed=step), torch.bfloat16)))
+            buffers.add(tuple(buffer_addresses(sides.broadcaster, *sides.receivers.values())))
+    assert len(buffers) == 1
+    assert len(set(*buffers)) == 2 * 3
 
 
-@pytest.mark.parametrize("sends", [False, True], ids=["gathers only", "group of one"])
-def test_a_trainer_without_peers_walks_the_source(sends: bool) -> None:
-    source = CountingSource(every_kind(seed=0))
-    with Ranks(1) as job:
-        send(sides(source)[0], job.groups[0] if sends else None)
-    assert source.taken == len(source.manifest.specs)
+def test_phases_are_timed() -> None:
+    sides = Sides(large_source(3))
+    for checksums, more in ((False, set()), (True, {"verify"})):
+        with Ranks([0]) as ranks:
+            sent = ranks.start(send, sides.broadcaster, ranks.senders, checksums=checksums)
+            received = receive(sides.receivers[0], ranks.workers[0], checksums=checksums)
+            assert set(sent.result(LONG_S).phases_s) == {"gather", "pack", "wire"} | more
+            assert set(received.phases_s) == {"wire", "apply"} | more
 
 
-@pytest.mark.parametrize("buckets", [0, 1], ids=["at once", "half way"])
-def test_a_receiver_that_leaves_fails_the_sender_at_once(buckets: int) -> None:
-    broadcaster, (receiver,) = sides(large_source())
-    with Ranks(2) as job, within(5.0):
-        sent = job.start(send, broadcaster, job.groups[0])
-        for bucket in receiver.plan.buckets[:buckets]:
-            buffer, deadline = torch.empty(bucket.nbytes, dtype=torch.uint8), Deadline(LONG_S)
-            job.groups[1].broadcast(buffer, root=0, deadline=deadline).wait(deadline)
-        job.groups[1].close()
-        assert isinstance(sent.exception(LONG_S), RuntimeError)
+@pytest.mark.parametrize("rank", [1, 0], ids=["gathers only", "group of one"])
+def test_a_trainer_without_peers_walks_the_source(rank: int) -> None:
+    source = WatchedSource(every_kind(seed=0))
+    plan = Sides(source, workers=0).plan
+    with Ranks([]) as ranks:
+        groups = {} if rank else ranks.senders
+        send(WeightBroadcaster(source, plan, rank=rank, device=CPU), groups)
+    assert (
+        source.taken == list(plan.walk) == [index for index, name in enumerate(every_kind(seed=0)) if name != "empty"]
+    )
 
 
-@pytest.mark.parametrize("count", [1, 800], ids=["one bucket", "many"])
-def test_a_receiver_that_never_answers_fails_the_sender_within_its_deadline(count: int) -> None:
-    broadcaster, (receiver,) = sides(large_source(count))
-    with Ranks(3) as job, within(SHORT_S + 1.0):
-        received = job.start(receive, receiver, job.groups[1], SHORT_S)
-        with pytest.raises((RuntimeError, TimeoutError)):
-            send(broadcaster, job.groups[0], SHORT_S)
-        received.exception(LONG_S)
+@pytest.mark.parametrize("slow", ["sender", "receiver"])
+def test_a_slow_side_still_finds_its_own_bytes(slow: str) -> None:
+    """Buffers are used in turn: neither side may overwrite what the other, or itself, still needs."""
+    weights = {f"p{index}": torch.full((250,), float(index)).double() for index in range(24)}
+    source = (
+        SlowSource(weights, dtype=torch.float32) if slow == "sender" else WeightSource(weights, dtype=torch.float32)
+    )
+    moves = [replace(move, stage=move.param) for move in whole_moves(source.manifest)]
+    sides = Sides(source, moves=moves)
+    if slow == "receiver":
+        finish = sides.memories[0].finish
+        sides.memories[0].finish = lambda stage: (time.sleep(0.02), finish(stage))[1]
+    with Ranks([0]) as ranks:
+        sides.sync(ranks)
+    for index in range(24):
+        assert sides.memories[0].processed[index][f"p{index}"].unique().tolist() == [index]
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["error forgotten", "error kept"])
-def test_a_sender_that_failed_and_left_fails_its_receivers_at_once(keep: bool) -> None:
-    broadcaster, (receiver,) = sides(large_source())
-    with Ranks(3) as job, within(SHORT_S / 2):
-        job.groups[1].close()
-        sent = job.start(send, broadcaster, job.groups[0])
-        assert sent.exception(LONG_S)
-        if not keep:
-            del sent
-        job.groups[0].close()
-        with pytest.raises(RuntimeError):
-            receive(receiver, job.groups[2], SHORT_S)
+def test_a_late_receiver_gets_everything() -> None:
+    source = large_source(20)
+    sides = Sides(source)
+    with Ranks([0]) as ranks:
+        sent = ranks.start(send, sides.broadcaster, ranks.senders)
+        time.sleep(0.5)
+        receive(sides.receivers[0], ranks.workers[0])
+        sent.result(LONG_S)
+    check_same_bytes(sides.memories[0].tensors, {spec.name: tensor for spec, tensor in source})
 
 
-def test_a_landing_that_raises_fails_the_sender_at_once() -> None:
-    broadcaster, (receiver,) = sides(large_source())
-    with Ranks(2) as job, within(SHORT_S / 2):
-        sent = job.start(send, broadcaster, job.groups[0], SHORT_S)
-        with suppress(AssertionError):
-            receive(receiver, job.groups[1], refuse=True)
-        job.groups[1].close()
-        assert sent.exception(LONG_S)
+def test_a_bucket_leaves_as_soon_as_it_is_full() -> None:
+    """Workers of two lanes may process a stage together: neither may wait for what comes later to the other."""
+    source = WeightSource({f"p{index}": torch.full((250,), float(index)) for index in range(22)})
+    moves = whole_moves(source.manifest)
+    both, first, second = replace(moves[0], stage=0), moves[1:21], moves[21:]
+    landings = {"a": (both, *first), "b": (both, *second)}
+    plan = build_transfer(source.manifest, landings, ["a", "b"], bucket_bytes=BUCKET_BYTES)
+    meeting = threading.Barrier(2, timeout=5.0)
+    memories = [memory_of(source.manifest, moves) for moves in landings.values()]
+    for memory in memories:
+        memory.finish = lambda stage, finish=memory.finish: (meeting.wait(), finish(stage))[1]
+    receivers = {w: receiver_of(plan.lanes[w], memory) for w, memory in enumerate(memories)}
+    with Ranks([0], [1]) as ranks:
+        ranks.sync([WeightBroadcaster(source, plan, device=CPU)], receivers)
 
 
-def test_after_a_failure_the_source_was_walked_and_a_new_group_works() -> None:
-    source = CountingSource(every_kind(seed=0))
-    broadcaster, receivers = sides(source)
-    with Ranks(2) as broken:
-        broken.groups[1].close()
-        with pytest.raises(RuntimeError):
-            send(broadcaster, broken.groups[0])
-        with pytest.raises(RuntimeError, match="closed"):
-            receive(receivers[0], broken.groups[1])
-    assert source.taken == len(source.manifest.specs)
-    with Ranks(2) as repaired:
-        assert_same_bytes(repaired.sync(broadcaster, receivers)[0], every_kind(seed=0))
-
-
-def every_kind(*, seed: int) -> Weights:
-    """Contiguous, strided, split, scalar, zero-element; every sort of dtype."""
-    torch.manual_seed(seed)
-    return {
-        "float32": torch.randn(17, 9),
-        "float16": torch.randn(100).half(),
-        "transposed": torch.randn(7, 21).t(),
-        "strided": torch.randn(30, 4)[::3, 1:],
-        "split": torch.randn(5000),
-        "split strided": torch.randn(60, 50).t(),
-        "scalar": torch.randn(()),
-        "empty": torch.empty(0, 4),
-        "fp8": torch.randn(33).to(torch.float8_e4m3fn),
-        "int8": torch.randint(-128, 128, (3, 11), dtype=torch.int8),
-        "int64": torch.randint(-(2**62), 2**62, (5,)),
-        "bool": torch.rand(2000) < 0.5,
+@pytest.mark.parametrize("bucket_bytes", [LARGE_BYTES, 3 * LARGE_BYTES, 1 << 26])
+def test_large_contiguous_pieces_travel_from_where_they_are_to_where_they_belong(bucket_bytes: int) -> None:
+    weights = {
+        "big": torch.randn(LARGE_BYTES),
+        "one": torch.randn(LARGE_BYTES // 4),
+        "half": torch.randn(1 << 19).half(),
     }
+    sides = Sides(WeightSource(weights), bucket_bytes=bucket_bytes)
+    with Ranks([0]) as ranks:
+        out, into = Tapped(ranks.senders[0]), Tapped(ranks.workers[0])
+        sent = ranks.start(send, sides.broadcaster, {0: out})
+        all_results(sent, ranks.start(receive, sides.receivers[0], into))
+    (memory,) = sides.memories
+    check_same_bytes(memory.tensors, weights)
+    assert out.stretches == stretches(weights, bucket_bytes)
+    assert into.stretches == stretches(memory.tensors, bucket_bytes)
+    assert not sides.broadcaster._lanes[0].window._buffers
+    assert not sides.receivers[0]._window._buffers
 
 
-def large_source(count: int = 800) -> WeightSource:
-    return WeightSource({f"p{index}": torch.randn(250) for index in range(count)})
+def stretches(weights: Weights, bucket_bytes: int) -> list[tuple[int, int]]:
+    """(address, bytes) of every tensor, in parts of at most a bucket."""
+    return [
+        (tensor.data_ptr() + start, min(bucket_bytes, tensor.nbytes - start))
+        for tensor in weights.values()
+        for start in range(0, tensor.nbytes, bucket_bytes)
+    ]
 
 
-def sides(source: WeightSource, *, receivers: int = 1) -> tuple[WeightBroadcaster, list[WeightReceiver]]:
-    plan = build_plan(source.manifest, bucket_bytes=BUCKET_BYTES)
-    return WeightBroadcaster(source, plan, device=CPU), [WeightReceiver(plan, device=CPU) for _ in range(receivers)]
+def test_masters_of_another_dtype_are_packed_and_received_in_place() -> None:
+    weights = {"big": torch.randn(LARGE_BYTES), "small": torch.randn(100)}
+    sides = Sides(WeightSource(weights, dtype=torch.bfloat16), bucket_bytes=1 << 26)
+    with Ranks([0]) as ranks:
+        sides.sync(ranks)
+    check_same_bytes(sides.memories[0].tensors, cast(weights, torch.bfloat16))
+    assert len(sides.broadcaster._lanes[0].window._buffers) == 2
+    assert not sides.receivers[0]._window._buffers
 
 
-def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
-    """What must arrive: floating-point tensors in the wire dtype, the others as they are."""
-    wide = {name for name, t in weights.items() if t.is_floating_point() and t.dtype.itemsize > 1}
-    return {name: t.to(dtype) if dtype and name in wide else t for name, t in weights.items()}
+def test_receivers_keep_room_for_what_is_not_received_in_place_only() -> None:
+    weights = {"a": torch.randn(100).half(), "b": torch.randn(200).half(), "c": torch.randn(300).half()}
+    source = WeightSource(weights)
+    first, *others = whole_moves(source.manifest)
+    sides = Sides(source, moves=(first, widened(source.manifest)[1], *others[1:]), bucket_bytes=1 << 20)
+    with Ranks([0]) as ranks:
+        sides.sync(ranks)
+    assert [buffer.nbytes for buffer in sides.receivers[0]._window._buffers] == [aligned(400)] * 2
+    check_same_bytes(sides.memories[0].tensors, weights | {"b": weights["b"].double()})
 
 
-def assert_same_bytes(got: Weights, expected: Weights) -> None:
-    assert list(got) == list(expected)
-    for name, tensor in expected.items():
-        assert (got[name].shape, got[name].dtype) == (tensor.shape, tensor.dtype), name
-        ours, theirs = (t.contiguous().reshape(-1).view(torch.uint8) for t in (got[name], tensor))
-        assert torch.equal(ours, theirs), name
+def test_large_strided_weights_are_copied_once_and_live_until_they_are_sent() -> None:
+    weights = {f"p{index}": torch.randn(700, 800).t() for index in range(6)}
+    sides = Sides(WeightSource(weights), bucket_bytes=1 << 22)
+    with Ranks([0]) as ranks:
+        sides.sync(ranks)
+    check_same_bytes(sides.memories[0].tensors, weights)
+    assert not sides.broadcaster._lanes[0].window._buffers
+    send(sides.broadcaster, {0: Nobody()})
 
 
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    end = time.monotonic() + seconds
-    yield
-    assert time.monotonic() < end
+def test_weights_on_another_device_are_packed() -> None:
+    """A transport of one device cannot send from another."""
+    source, group = large_source(3), Nobody()
+    send(WeightBroadcaster(source, Sides(source).plan, device=torch.device("meta")), {0: group})
+    assert group.devices == {"meta"}
 
 
-def send(broadcaster: WeightBroadcaster, group: Group | None, timeout_s: float = LONG_S) -> PhaseTimer:
-    timer = PhaseTimer()
-    broadcaster.send(group, deadline=Deadline(timeout_s), timer=timer)
-    return timer
+class Nobody:
+    """A group without peers whose broadcasts last until somebody waits for them."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self.devices: set[str] = set()
+
+    def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> "Lasting":
+        self.devices |= {tensor.device.type for tensor in tensors}
+        return Lasting(tensors)
+
+    def close(self) -> None:
+        pass
 
 
-def receive(receiver: WeightReceiver, group: Group, timeout_s: float = LONG_S, *, refuse: bool = False) -> Weights:
-    landed, timer = Landed(receiver, refuse=refuse), PhaseTimer()
-    receiver.receive(group, landed, deadline=Deadline(timeout_s), timer=timer)
-    assert landed.committed
-    assert not receiver._whole
-    assert set(timer.phases_s) == {"wire", "apply"}
-    return landed.tensors
+class Lasting:
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors = [weakref.ref(tensor) for tensor in tensors]
+
+    def wait(self, deadline: Deadline) -> None:
+        assert all(tensor() is not None for tensor in self.tensors)
+
+
+class SlowSource(WeightSource):
+    """Takes its time over every parameter."""
+
+    def walk(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        for item in super().walk(order):
+            time.sleep(0.01)
+            yield item
+
+
+def doubles(weights: Weights) -> Weights:
+    return {name: tensor.double() if tensor.numel() else tensor for name, tensor in weights.items()}
 
 
 def buffer_addresses(broadcaster: WeightBroadcaster, *receivers: WeightReceiver) -> Iterator[int]:
-    for side in (broadcaster, *receivers):
-        assert side._buffers is not None
-        yield from (buffer.data_ptr() for buffer in side._buffers._buffers)
+    for window in (broadcaster._lanes[0].window, *(receiver._window for receiver in receivers)):
+        assert len(window._buffers) == 2
+        yield from (buffer.data_ptr() for buffer in window._buffers)

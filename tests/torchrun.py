@@ -30,7 +30,8 @@ class TorchrunJob:
     def __init__(self, *arguments: str | Path, ranks: int, cwd: Path, env: dict[str, str] | None = None) -> None:
         self.marker = uuid.uuid4().hex
         self.output_path = cwd / f"output-{self.marker}.txt"
-        environ = os.environ | {MARKER: self.marker, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(JOBS)} | (env or {})
+        paths = os.pathsep.join((str(JOBS), str(JOBS.parent)))
+        environ = os.environ | {MARKER: self.marker, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | (env or {})
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         self.started = time.monotonic()
         with self.output_path.open("wb") as output:

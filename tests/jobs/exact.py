@@ -1,6 +1,6 @@
 """Sync twice, save what was sent, and tell what the engines hold (run by torchrun).
 
-exact.py KIND MODEL_FOLDER SAVE_FOLDER REPORT.json TRAINERS TENSOR_PARALLEL_SIZE
+exact.py ARCHITECTURE MODEL_FOLDER SAVE_FOLDER REPORT.json TRAINERS TENSOR_PARALLEL_SIZE CPU_WEIGHTS
 """
 
 import json
@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import build, perturb
+from architectures import build
+from models import PROMPTS, perturb
 from torch import distributed as dist
 
 import rollcast.rollout as rollcast
 from rollcast.launch.parallel import Trainers
 
-PROMPTS = [[5, 6, 7], [9, 8], [3, 4, 5, 6]]
-
 
 def main() -> None:
-    kind, folder, save, report = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    name, folder, save, report = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
     trainers, tensor_parallel_size = int(sys.argv[5]), int(sys.argv[6])
     config = rollcast.RolloutConfig(
         model=folder,
         trainers=trainers,
         tensor_parallel_size=tensor_parallel_size,
         enforce_eager=True,
+        max_model_len=64,
+        cpu_weights=sys.argv[7],
         # Small buckets: most tensors are split.
         bucket_bytes=4096,
         log_dir=str(report.parent),
@@ -34,19 +35,22 @@ def main() -> None:
         if not job.is_trainer:
             return
         group = Trainers(rank=job.trainer_rank, size=trainers, device=config.resolved_device())
-        plain = build(kind)
-        sharded = group.share(build(kind).to(group.device), "fsdp2")
+        plain = build(name, seed=0)
+        sharded = group.share(build(name, seed=0).to(group.device), "fsdp2")
         broadcaster = job.broadcaster(sharded)
+        before = job.pool.fingerprints()
+        broadcaster.self_test()
         for version in (1, 2):
             perturb(sharded, seed=version)
             perturb(plain, seed=version)
-            sync = broadcaster.sync(version=version)
+            sync = broadcaster.sync(version=version, verify=("full", "none")[version - 1])
         greedy = job.pool.generate(PROMPTS, rollcast.Sampling(temperature=0.0, max_tokens=12, ignore_eos=True))
         if job.trainer_rank == 0:
             plain.save_pretrained(save)
             plain.to(group.device)
             expected = [greedy_tokens(plain, prompt, 12) for prompt in PROMPTS]
             facts = {
+                "before": before,
                 "fingerprints": job.pool.fingerprints(),
                 "tokens": [samples[0].token_ids for samples in greedy],
                 "versions": [samples[0].versions for samples in greedy],

@@ -1,24 +1,32 @@
-"""Load a checkpoint from disk with vLLM alone and tell what the engine holds (a plain process).
+"""Load a checkpoint from disk with vLLM alone; tell what the engine holds and generates (a plain process).
 
-fresh.py MODEL_FOLDER REPORT.json
+fresh.py MODEL_FOLDER REPORT.json TENSOR_PARALLEL_SIZE
 """
 
 import json
 import sys
 from pathlib import Path
 
+from models import PROMPTS
+
 
 def main() -> None:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
     llm = LLM(
         model=sys.argv[1],
         dtype="float32",
         enforce_eager=True,
         skip_tokenizer_init=True,
+        max_model_len=64,
+        tensor_parallel_size=int(sys.argv[3]),
         worker_extension_cls="rollcast.rollout.extension.RollcastWorker",
     )
-    Path(sys.argv[2]).write_text(json.dumps(llm.collective_rpc("rollcast_fingerprint")))
+    workers = llm.collective_rpc("rollcast_fingerprint")
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], greedy, use_tqdm=False)
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    Path(sys.argv[2]).write_text(json.dumps({"workers": workers, "tokens": tokens}))
 
 
 if __name__ == "__main__":

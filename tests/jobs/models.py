@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+PROMPTS = [[5, 6, 7], [9, 8], [3, 4, 5, 6]]
+
 SIZES = {
     "vocab_size": 48,
     "hidden_size": 64,

@@ -1,0 +1,136 @@
+"""A landing plan bound to a live model: carries it out at every sync (worker)."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rollcast.comm import Move
+from rollcast.rollout.landing import LandingPlan
+from rollcast.rollout.reload import attention_layers, live_tensors, load_format, process_attention
+from rollcast.rollout.stages import StagedModule
+from rollcast.rollout.tape import carry_out
+
+
+class LiveLanding:
+    """A `Landing` into the parameters of a vLLM model.
+
+    Live tensors are found once. `moved()` says whether they still are where they were.
+    """
+
+    def __init__(self, plan: LandingPlan, model: nn.Module, *, dtype: torch.dtype) -> None:
+        self.plan = plan
+        self._live = live_tensors(model)
+        self._places = list(_places(model, {move.target for move in plan.moves}))
+        self._device = next((tensor.device for tensor in self._live.values()), torch.device("cpu"))
+        with load_format(model) as formats:
+            modules = formats.modules
+        self._stages = [
+            StagedModule(plan, number, model.get_submodule(stage.module), modules[stage.module], self._live)
+            for number, stage in enumerate(plan.stages)
+        ]
+        with_moves = {move.stage for move in plan.moves if move.source.numel}
+        self._last = [number for number in range(len(plan.stages)) if number not in with_moves]
+        self._attention = [attention_layers(model)[path] for path in plan.attention]
+        self._dtype = dtype
+        self._filled = False
+
+    def moved(self) -> str | None:
+        """The first tensor that is no longer the one that was found, or no longer where it was."""
+        for name, place, key, tensor, address in self._places:
+            if place.get(key) is not tensor or tensor.data_ptr() != address:
+                return name
+        return None
+
+    def live(self, target: str) -> torch.Tensor:
+        """See `Landing.live`."""
+        return self._live[target].data
+
+    def staging(self, stage: int, target: str) -> torch.Tensor:
+        """See `Landing.staging`."""
+        return self._stages[stage].room(target)
+
+    def begin(self, *, confirming: bool = False) -> None:
+        """See `Landing.begin`. Constants are written before the first sync's moves."""
+        for stage in self._stages:
+            stage.begin(confirming=confirming)
+        if not self._filled:
+            tensors: dict[tuple[str, int | str], torch.Tensor] = {
+                ("value", key): value.to(self._device) for key, value in enumerate(self.plan.values)
+            }
+            tensors |= {("live", name): tensor.data for name, tensor in self._live.items()}
+            carry_out(tuple(fill.op for fill in self.plan.fills if fill.stage is None), tensors)
+            self._filled = True
+
+    def finish(self, stage: int) -> None:
+        """See `Landing.finish`."""
+        self._stages[stage].finish()
+
+    def commit(self) -> None:
+        """See `Landing.commit`."""
+        for stage in self._last:
+            self.finish(stage)
+        for layer in self._attention:
+            process_attention(layer, self._dtype)
+
+    def abandon(self) -> None:
+        """See `Landing.abandon`."""
+        for stage in self._stages:
+            stage.drop()
+
+    def bind(self, sources: Sequence[torch.Tensor]) -> "LocalTransfer":
+        """Make ready to apply `sources` (contiguous, in the manifest's order, shapes and dtypes) again and again.
+
+        For a trainer that shares the worker's device: no wire, and one pass over the memory.
+        """
+        return LocalTransfer(self, sources)
+
+
+class LocalTransfer:
+    """Writes weights from tensors of this process into the model."""
+
+    def __init__(self, landing: LiveLanding, sources: Sequence[torch.Tensor]) -> None:
+        for spec, tensor in zip(landing.plan.manifest.specs, sources, strict=True):
+            if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype) or not tensor.is_contiguous():
+                raise ValueError(f"expected {spec}, contiguous; got {list(tensor.shape)} {tensor.dtype}")
+        self._landing = landing
+        self._direct: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._staged: dict[int, list[tuple[Move, torch.Tensor]]] = defaultdict(list)
+        for move in landing.plan.moves:
+            source = move.source.view(sources[move.param])
+            if move.stage is None:
+                self._direct[0].append(move.region.view(landing.live(move.target)))
+                self._direct[1].append(source)
+            else:
+                self._staged[move.stage].append((move, source))
+
+    def apply(self) -> None:
+        """Write the sources' values of now. Not collective, unless vLLM's processing is."""
+        with torch.no_grad():
+            self._landing.begin()
+            if self._direct[0]:
+                torch._foreach_copy_(*self._direct)
+            for stage, pieces in self._staged.items():
+                names = {move.target for move, _ in pieces}
+                rooms = {name: self._landing.staging(stage, name) for name in names}
+                # No function of ours for each piece: a model can have tens of thousands.
+                targets = [
+                    rooms[move.target].as_strided(move.region.shape, move.region.stride, move.region.offset)
+                    for move, _ in pieces
+                ]
+                torch._foreach_copy_(targets, [source for _, source in pieces])
+                self._landing.finish(stage)
+            self._landing.commit()
+
+
+def _places(model: nn.Module, wanted: set[str]) -> Iterator[tuple[str, dict[str, Any], str, torch.Tensor, int]]:
+    """Of every parameter, and every wanted buffer: name, where the model keeps it, key there, tensor, address."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        held: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for place in held:
+            for key, tensor in place.items():
+                if tensor is not None and (place is module._parameters or prefix + key in wanted):
+                    yield prefix + key, place, key, tensor, tensor.data_ptr()

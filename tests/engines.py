@@ -1,0 +1,213 @@
+"""Engines and trainer ranks of one sync without vLLM: threads, real gloo groups, real stores, real plans."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from ranks import CPU, LONG_S, Memory, Weights
+from torch import distributed as dist
+
+from rollcast.comm import (
+    Deadline,
+    Group,
+    Lane,
+    Manifest,
+    Move,
+    PhaseTimer,
+    Region,
+    WeightReceiver,
+    WeightSource,
+    host_store,
+    join_group,
+)
+from rollcast.comm.agree import Agreement
+from rollcast.comm.buckets import fill_buckets
+from rollcast.rollout import RolloutConfig
+from rollcast.rollout.errors import EngineError
+from rollcast.rollout.landing import LandingPlan
+from rollcast.rollout.pool import collect
+from rollcast.rollout.records import (
+    Abandon,
+    Commit,
+    DescribeLanding,
+    Done,
+    JoinGroup,
+    LandingPlans,
+    Prepare,
+    Prepared,
+    Receive,
+    Received,
+    Request,
+    WorkerTimes,
+)
+from rollcast.rollout.sync import PoolBroadcaster
+
+
+class Worker:
+    """Keeps its share of the rows of every parameter."""
+
+    def __init__(self, index: int, size: int, ballast: int) -> None:
+        self.index, self.size, self.ballast = index, size, ballast
+        self.group: Group | None = None
+
+    def prepare(self, manifest: Manifest) -> str:
+        moves: list[Move] = []
+        live: Weights = {}
+        for param, spec in enumerate(manifest.specs):
+            rows = spec.shape[0] // self.size
+            live[spec.name] = torch.zeros(rows, *spec.shape[1:], dtype=spec.dtype)
+            source = Region.whole(spec.shape, spec.dtype).rows(self.index * rows, rows)
+            moves.append(Move(param, source, spec.name, replace(source, offset=0)))
+        self.memory = Memory(live)
+        values = (torch.full((self.ballast,), self.index, dtype=torch.uint8),)
+        self.plan = LandingPlan(manifest, (), tuple(moves), values=values)
+        return self.plan.digest
+
+    def join(self, request: JoinGroup) -> None:
+        its = request.assignments[self.index]
+        buckets = fill_buckets(self.plan.moves, request.walk, bucket_bytes=request.bucket_bytes)
+        lane = Lane(its.lane, its.sender, (), buckets)
+        assert lane.digest == its.digest
+        self.memory.events = []
+        self.receiver = WeightReceiver(lane, self.memory, device=CPU)
+        place: dict[str, Any] = {"rank": its.rank, "size": its.size, "name": f"lane-{its.lane}"}
+        self.group = join_group(request.transport, request.address, deadline=Deadline(request.timeout_s), **place)
+
+    def receive(self, request: Receive) -> dict[str, float]:
+        assert self.group is not None
+        assert self.receiver.lane.digest == request.digests[self.index]
+        timer, deadline = PhaseTimer(), Deadline(request.timeout_s)
+        self.receiver.receive(self.group, deadline=deadline, timer=timer, checksums=request.verify != "none")
+        if request.verify == "full":
+            self.receiver.confirm(self.group, deadline=deadline, timer=timer)
+        return timer.phases_s
+
+    def leave(self) -> None:
+        if self.group is not None:
+            self.group.close()
+            self.group = None
+
+
+@dataclass
+class Engines:
+    """Stands in for the `Pool` of every trainer rank, and for what is behind it."""
+
+    engines: int
+    size: int
+    ballast: int = 0
+    fault: Callable[[int, int, Request], None] = lambda engine, worker, request: None
+    """Called with (engine, worker, request) before a worker does anything."""
+    seen: list[Request] = field(default_factory=list)
+    versions: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.workers = [[Worker(w, self.size, self.ballast) for w in range(self.size)] for _ in range(self.engines)]
+        self._threads = ThreadPoolExecutor(8 * self.engines * (self.size + 1))
+
+    def request(self, engine: int, request: Request) -> "Future[Any]":
+        self.seen.append(request)
+        return self._threads.submit(self._answer, engine, request)
+
+    def ask_all(self, request: Request, *, deadline: Deadline | None = None) -> list[Any]:
+        return collect([self.request(engine, request) for engine in range(self.engines)], deadline=deadline)
+
+    def _answer(self, engine: int, request: Request) -> Any:
+        match request:
+            case Prepare():
+                manifest = Manifest.from_bytes(request.manifest)
+                return Prepared(self._all(engine, request, lambda worker: worker.prepare(manifest)))
+            case DescribeLanding():
+                return LandingPlans([worker.plan.to_bytes() for worker in self.workers[engine]])
+            case JoinGroup():
+                self._all(engine, request, lambda worker: worker.join(request))
+            case Receive():
+                phases = self._all(engine, request, lambda worker: worker.receive(request))
+                return Received([WorkerTimes(request.first_rank + w, its) for w, its in enumerate(phases)])
+            case Commit():
+                self.versions[engine] = request.version
+            case Abandon():
+                pass
+        return Done()
+
+    def _all(self, engine: int, request: Request, act: Callable[[Worker], Any]) -> list[Any]:
+        def run(worker: Worker) -> Any:
+            try:
+                self.fault(engine, worker.index, request)
+                return act(worker)
+            except BaseException:
+                worker.leave()
+                raise
+
+        futures = [self._threads.submit(run, worker) for worker in self.workers[engine]]
+        try:
+            return [future.result() for future in futures]
+        except Exception as error:
+            for worker in self.workers[engine]:
+                worker.leave()
+            raise EngineError(f"engine {engine}: {error}") from error
+
+
+class Sharded(WeightSource):
+    """Every rank must take every parameter at the same time, as with FSDP2."""
+
+    def __init__(self, weights: Weights, meeting: threading.Barrier) -> None:
+        super().__init__(weights)
+        self.meeting = meeting
+        self.walks = 0
+
+    def walk(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        self.walks += 1
+        for item in super().walk(order):
+            self.meeting.wait(10.0)
+            yield item
+
+
+class Trainers:
+    """Trainer ranks as threads, each with a broadcaster and a connection to the job's store of its own."""
+
+    def __init__(self, weights: Weights, engines: Engines, *, count: int, **settings: Any) -> None:
+        store, address = host_store("127.0.0.1", timeout_s=LONG_S)
+        host, port = address.split(":")
+        meeting = threading.Barrier(count)
+        config = RolloutConfig(
+            model="",
+            dtype="float32",
+            device="cpu",
+            trainers=count,
+            tensor_parallel_size=engines.size,
+            **{"bucket_bytes": 1024, "sync_timeout_s": 60.0} | settings,
+        )
+        self._store = store
+        self._engines = engines
+        self._threads = ThreadPoolExecutor(count)
+        self.sources = [Sharded(weights, meeting) for _ in range(count)]
+        pool: Any = engines
+        self.broadcasters = [
+            PoolBroadcaster(
+                source,
+                pool,
+                Agreement(dist.TCPStore(host, int(port), is_master=False), rank=rank, size=count),
+                config=config,
+                rank=rank,
+                host=host,
+                name="sync/0",
+                version=0,
+            )
+            for rank, source in enumerate(self.sources)
+        ]
+
+    def sync(self, *calls: dict[str, Any]) -> list[Any]:
+        """Sync on all ranks, as each call says (or all as the only one): reports or errors."""
+        each = calls if len(calls) > 1 else calls * len(self.broadcasters)
+        futures = [self._threads.submit(rank.sync, **call) for rank, call in zip(self.broadcasters, each, strict=True)]
+        wait(futures, LONG_S)
+        return [future.exception(0.0) or future.result() for future in futures]
+
+    def close(self) -> None:
+        for broadcaster in self.broadcasters:
+            broadcaster.close()
+        for worker in (worker for workers in self._engines.workers for worker in workers):
+            worker.leave()

@@ -1,0 +1,65 @@
+"""What an engine says that cannot take weights as it is (a plain process).
+
+refusals.py MODEL_FOLDER REPORT.json
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from models import build
+
+from rollcast.comm import WeightSource
+from rollcast.rollout.config import RolloutConfig
+from rollcast.rollout.engine import Engine
+from rollcast.rollout.errors import EngineError
+from rollcast.rollout.records import Launch
+
+
+async def main() -> None:
+    folder, report = sys.argv[1], Path(sys.argv[2])
+    engine = Engine.start(launch(folder))
+    manifest = WeightSource(build("untied")).manifest.to_bytes()
+    llm: Any = engine._llm
+    found = {"lora": await refusal(engine, manifest)}
+    await llm.sleep(level=1)
+    found["asleep"] = await refusal(engine, manifest)
+    await llm.wake_up()
+    found["awake"] = await refusal(engine, manifest)
+    report.write_text(json.dumps(found))
+    engine.shutdown()
+
+
+async def refusal(engine: Engine, manifest: bytes) -> str:
+    try:
+        await engine.prepare(manifest)
+    except EngineError as error:
+        return str(error)
+    return "none"
+
+
+def launch(folder: str) -> Launch:
+    config = RolloutConfig(model=folder)
+    return Launch(
+        engine=0,
+        host="127.0.0.1",
+        device="cpu",
+        dtype=config.resolved_dtype(),
+        model=folder,
+        max_model_len=64,
+        tensor_parallel_size=1,
+        worker_extension_cls=config.worker_extension_cls,
+        load_format="auto",
+        seed=0,
+        eos_token_ids=(),
+        enforce_eager=True,
+        gpu_memory_utilization=0.9,
+        max_num_seqs=None,
+        engine_args={"enable_lora": True, "max_lora_rank": 8},
+    )
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

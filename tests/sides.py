@@ -1,0 +1,92 @@
+"""Both sides of a sync of whole parameters, and the values that they must end with."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from ranks import CPU, Memory, Ranks, Weights, receiver_of, same_bytes
+
+from rollcast.comm import Manifest, Move, WeightBroadcaster, WeightSource, build_transfer, whole_moves
+
+BUCKET_BYTES = 1024
+
+
+class Sides:
+    """Both sides of a sync of all weights to workers that keep the same."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        *,
+        workers: int = 1,
+        moves: Sequence[Move] = (),
+        refuse: str = "",
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        moves = moves or whole_moves(source.manifest)
+        self.plan = build_transfer(source.manifest, {"w": moves}, ["w"] * workers, bucket_bytes=bucket_bytes)
+        self.broadcaster = WeightBroadcaster(source, self.plan, device=CPU)
+        self.memories = [memory_of(source.manifest, moves, refuse=refuse) for _ in range(workers)]
+        self.receivers = {w: receiver_of(self.plan.lanes[0], memory) for w, memory in enumerate(self.memories)}
+
+    def sync(self, ranks: Ranks) -> None:
+        ranks.sync([self.broadcaster], self.receivers)
+
+
+def every_kind(*, seed: int) -> Weights:
+    """Contiguous, strided, split, scalar, zero-element; every sort of dtype."""
+    torch.manual_seed(seed)
+    return {
+        "float32": torch.randn(17, 9),
+        "float16": torch.randn(100).half(),
+        "transposed": torch.randn(7, 21).t(),
+        "strided": torch.randn(30, 4)[::3, 1:],
+        "split": torch.randn(5000),
+        "split strided": torch.randn(60, 50).t(),
+        "scalar": torch.randn(()),
+        "empty": torch.empty(0, 4),
+        "fp8": torch.randn(33).to(torch.float8_e4m3fn),
+        "int8": torch.randint(-128, 128, (3, 11), dtype=torch.int8),
+        "int64": torch.randint(-(2**62), 2**62, (5,)),
+        "bool": torch.rand(2000) < 0.5,
+    }
+
+
+def large_source(count: int = 800) -> WeightSource:
+    return WeightSource({f"p{index}": torch.randn(250) for index in range(count)})
+
+
+def memory_of(manifest: Manifest, moves: Sequence[Move], *, refuse: str = "") -> Memory:
+    """Of targets that are all written, with ones in them for a start."""
+    live: Weights = {spec.name: torch.ones(spec.shape, dtype=spec.dtype) for spec in manifest.specs if not spec.numel}
+    stages: dict[int, Weights] = {}
+    for move in moves:
+        tensors = live if move.stage is None else stages.setdefault(move.stage, {})
+        tensors[move.target] = torch.ones(move.region.shape, dtype=move.region.dtype)
+    return Memory(live, stages, refuse=refuse)
+
+
+def widened(manifest: Manifest) -> tuple[Move, ...]:
+    """Moves of a worker that keeps every number as float64."""
+    return tuple(replace(move, region=replace(move.region, dtype=torch.float64)) for move in whole_moves(manifest))
+
+
+def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
+    """What must arrive: floating-point tensors in the wire dtype, the others as they are."""
+    wide = {name for name, t in weights.items() if t.is_floating_point() and t.dtype.itemsize > 1}
+    return {name: t.to(dtype) if dtype and name in wide else t for name, t in weights.items()}
+
+
+def check_same_bytes(got: Weights, expected: Weights) -> None:
+    assert set(got) == set(expected)
+    for name, tensor in expected.items():
+        assert same_bytes(got[name], tensor), name
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    end = time.monotonic() + seconds
+    yield
+    assert time.monotonic() < end

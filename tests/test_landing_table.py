@@ -1,0 +1,91 @@
+"""`python -m rollcast.rollout.landing` tells where a model's weights land, in tables and in JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from architectures import build
+
+from rollcast.rollout.table import main, size_text
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("ROLLCAST")}
+    command = [sys.executable, "-m", "rollcast.rollout.landing", *map(str, arguments)]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200)
+
+
+def plan_of(*arguments: object) -> dict[str, Any]:
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moe")
+    build("qwen3_moe", seed=0).save_pretrained(folder)
+    return folder
+
+
+def test_two_workers_get_their_experts(folder: Path) -> None:
+    flags = ("--tensor-parallel-size", 2, "--enable-expert-parallel", "--cpu-weights", "plain")
+    plan = plan_of("--model", folder, *flags)
+    assert plan["problems"] == []
+    assert plan["workers"] == len(plan["lanes"]) == 2
+    assert all(unused > 0 for unused in plan["unused"])
+    # Norms and routers are on both, embeddings are padded alike; experts and projections are not sent twice.
+    assert plan["checkpoint_bytes"] <= plan["total_bytes"] < 1.1 * plan["checkpoint_bytes"]
+    assert plan["total_bytes"] == sum(lane["bytes_per_worker"] for lane in plan["lanes"])
+    assert 0 < plan["zero_copy_bytes"] == plan["total_bytes"] - plan["staged_bytes"]
+    assert all("expert" not in row["why"] or row["kind"] == "staged" for row in plan["staged"])
+
+
+def test_a_configuration_is_enough_and_tables_are_for_people(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    done = run("--model", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in ("Landing plan", "zero-copy", "Not received in place", "Lanes", "no problems"):
+        assert text in done.stdout
+    assert "Warning" not in done.stderr
+
+
+def test_problems_are_listed_by_name(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for file in folder.glob("*.safetensors"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    done = run("--model", tmp_path, "--json")
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 1
+    assert any(problem.startswith("model.layers.2.") for problem in plan["problems"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--model", "/nowhere"), "config.json"),
+        (("--model", "/nowhere", "--tensor-parallel-size", "0"), "must be positive"),
+        ((), "--model"),
+    ],
+)
+def test_bad_flags_are_told(flags: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: Any = main(list(flags))
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (16_380_000_000, "16.38 GB")]
+)
+def test_sizes_are_decimal(nbytes: int, text: str) -> None:
+    assert size_text(nbytes) == text
