@@ -50,7 +50,7 @@ class RollcastWorker:
         Raises `LandingError` if the model cannot take the manifest, naming the parameters.
         """
         self._rollcast_refuse()
-        plan = self._rollcast_compile(Manifest.fromflat_bytes(manifest))
+        plan = self._rollcast_compile(Manifest.from_bytes(manifest))
         if problems := plan.check():
             shown = "\n  ".join(problems[:SHOWN]) + ("\n  ..." if len(problems) > SHOWN else "")
             raise LandingError(f"the trainer's weights do not fit the engine's model:\n  {shown}")
@@ -59,7 +59,7 @@ class RollcastWorker:
 
     def rollcast_describe_landing(self) -> bytes:
         """The landing plan. Not collective."""
-        return self.rollcast_landing.plan.toflat_bytes()
+        return self.rollcast_landing.plan.to_bytes()
 
     def rollcast_join(
         self,

@@ -9,7 +9,7 @@ from torchrun import JOBS, run_job
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
-LENGTH = 400
+LENGTH = 900
 
 
 @pytest.fixture(scope="module")

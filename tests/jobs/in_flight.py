@@ -15,7 +15,7 @@ from models import build, perturb
 
 import rollcast.rollout as rollcast
 
-LENGTH = 400
+LENGTH = 900
 PROMPTS = [[5, 6, 7], [9, 8, 3], [4, 4, 4]]
 
 
@@ -55,7 +55,8 @@ def in_flight(
     """What becomes of long requests that a sync meets half way."""
     sampling = rollcast.Sampling(max_tokens=LENGTH, ignore_eos=True, n=4)
     running = threads.submit(job.pool.generate, PROMPTS, sampling)
-    time.sleep(1.0)
+    # They have arrived by then, and are far from done on any machine.
+    time.sleep(0.3)
     perturb(model, seed=version)
     broadcaster.sync(version=version, pause_mode=mode)
     return [
