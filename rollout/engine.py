@@ -106,15 +106,15 @@ class Engine:
     async def prepare(self, manifest: bytes) -> list[str]:
         """Let every worker find where the parameters land. The digest of each worker's plan."""
         await self._refuse_asleep()
-        return await self._call("rollcast_prepare", manifest)
+        return await self.call("rollcast_prepare", manifest)
 
     async def describe_landing(self) -> list[bytes]:
         """Each worker's landing plan."""
-        return await self._call("rollcast_describe_landing")
+        return await self.call("rollcast_describe_landing")
 
     async def join(self, request: JoinGroup) -> None:
         """Let every worker join the group of its lane."""
-        await self._call(
+        await self.call(
             "rollcast_join",
             request.transport,
             request.address,
@@ -130,7 +130,7 @@ class Engine:
             return await self._receive(request)
         except BaseException:
             # A sender that waits for these workers must not wait until its deadline.
-            await self._call("rollcast_leave")
+            await self.call("rollcast_leave")
             raise
 
     async def _receive(self, request: Receive) -> list[WorkerTimes]:
@@ -151,7 +151,7 @@ class Engine:
             late = f"did not pause within {request.timeout_s:.1f} s (pause_mode is {request.pause_mode!r})"
             raise EngineError(f"engine {self._index} {late}") from None
         self._state = State.RECEIVING
-        phases = await self._call(
+        phases = await self.call(
             "rollcast_receive", request.version, request.digests, request.verify, request.unchanged, request.timeout_s
         )
         return [WorkerTimes(request.first_rank + rank, worker) for rank, worker in enumerate(phases)]
@@ -189,7 +189,7 @@ class Engine:
 
     async def fingerprint(self) -> list[dict[str, str]]:
         """Hashes of every live tensor, for each worker."""
-        return await self._call("rollcast_fingerprint")
+        return await self.call("rollcast_fingerprint")
 
     def shutdown(self) -> None:
         """Stop vLLM's processes."""
@@ -203,7 +203,7 @@ class Engine:
                 return
         raise EngineError(f"engine {self._index}: vLLM did not clear its prefix cache")
 
-    async def _call(self, method: str, *args: Any) -> list[Any]:
+    async def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker; `EngineError` with the worker's own text if one raises."""
         try:
             return await self._llm.collective_rpc(method, args=args)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
@@ -16,6 +16,8 @@ from rollcast.comm import Deadline
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.preflight import check_prompts
 from rollcast.rollout.records import (
+    Call,
+    Called,
     Completion,
     Describe,
     Description,
@@ -95,6 +97,14 @@ class Pool:
     def fingerprints(self) -> list[list[dict[str, str]]]:
         """By engine and worker: SHA-256 of the bytes of every live parameter and buffer, by vLLM's name."""
         return [expect(reply, Fingerprints).workers for reply in self.ask_all(Fingerprint())]
+
+    def call_workers(self, method: str, *args: Any) -> list[list[Any]]:
+        """Call a method of your own `worker_extension_cls` on every worker: results by engine and worker.
+
+        Arguments and results are plain values (numbers, strings, bytes, lists, dicts). Raises `EngineError` with
+        the worker's text. It runs between two steps of the engine, which it holds up.
+        """
+        return [expect(reply, Called).results for reply in self.ask_all(Call(method, list(args)))]
 
     def request(self, engine: int, request: Request) -> "Future[Reply]":
         """Send a request to one engine. The future raises `EngineError` if the engine fails or dies."""

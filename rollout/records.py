@@ -162,6 +162,19 @@ class Fingerprints(msgspec.Struct, frozen=True, tag=True):
     workers: list[dict[str, str]]
 
 
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """Call a method of `worker_extension_cls` on every worker of the engine. Answered by `Called`."""
+
+    method: str
+    args: list[Any]
+
+
+class Called(msgspec.Struct, frozen=True, tag=True):
+    """What the method returned, worker by worker."""
+
+    results: list[Any]
+
+
 class Done(msgspec.Struct, frozen=True, tag=True):
     """The request was carried out; there is nothing to tell."""
 
@@ -172,8 +185,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     text: str
 
 
-Request = Generate | Prepare | DescribeLanding | JoinGroup | Receive | Commit | Abandon | Describe | Fingerprint
-Reply = Generated | Prepared | LandingPlans | Received | Description | Fingerprints | Done | Failed
+Request = Generate | Prepare | DescribeLanding | JoinGroup | Receive | Commit | Abandon | Describe | Fingerprint | Call
+Reply = Generated | Prepared | LandingPlans | Received | Description | Fingerprints | Called | Done | Failed
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):

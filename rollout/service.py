@@ -20,6 +20,8 @@ from rollcast.rollout.engine import Engine
 from rollcast.rollout.errors import RollcastError
 from rollcast.rollout.records import (
     Abandon,
+    Call,
+    Called,
     Commit,
     Describe,
     DescribeLanding,
@@ -103,6 +105,8 @@ class Service:
                 await self._engine.abandon(request.text)
             case Describe():
                 return Description(self._index, os.getpid(), self._engine.version, self._engine.torn)
+            case Call():
+                return Called(await self._engine.call(request.method, *request.args))
             case Fingerprint():
                 return Fingerprints(await self._engine.fingerprint())
         return Done()
