@@ -1,6 +1,5 @@
 """Broadcasts between GPUs over NCCL, on communicators and streams of our own (both sides; needs cupy)."""
 
-import json
 import threading
 import time
 from collections.abc import Sequence
@@ -79,9 +78,9 @@ class NcclGroup:
         def create() -> None:
             try:
                 if self.rank == 0:
-                    self._store.set("nccl_id", json.dumps(nccl.get_unique_id()))
+                    self._store.set("nccl_id", nccl.get_unique_id().hex())
                 self._store.wait(["nccl_id"], deadline.left("rank 0's NCCL id"))
-                unique_id = tuple(json.loads(self._store.get("nccl_id")))
+                unique_id = bytes.fromhex(self._store.get("nccl_id").decode())
                 with torch.cuda.device(self.device):
                     joined.append(nccl.NcclCommunicator(self.size, unique_id, self.rank))
             except BaseException as error:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from architectures import CASES, REFUSED
-from torchrun import JOBS
+from torchrun import JOBS, SEARCH_PATH
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
@@ -66,8 +66,7 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def start(layout: str, cases: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join((str(JOBS), str(JOBS.parent)))
-    settings = {"PYTHONPATH": path, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "ROLLCAST_CPU_WEIGHTS": layout}
+    settings = {"PYTHONPATH": SEARCH_PATH, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "ROLLCAST_CPU_WEIGHTS": layout}
     command = [sys.executable, JOBS / "architecture_matrix.py", folder / "models", *cases]
     with (folder / "out.txt").open("wb") as out, (folder / "err.txt").open("wb") as err:
         return subprocess.Popen(command, env=os.environ | settings, stdout=out, stderr=err)

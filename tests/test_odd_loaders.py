@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from torchrun import JOBS
+from torchrun import JOBS, SEARCH_PATH
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -36,7 +36,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
     """One process for all: importing vLLM takes longest."""
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join((str(JOBS), str(JOBS.parent))), "TQDM_DISABLE": "1"}
+    environ = os.environ | {"PYTHONPATH": SEARCH_PATH, "TQDM_DISABLE": "1"}
     command = [sys.executable, JOBS / "odd_loaders.py", tmp_path_factory.mktemp("models")]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

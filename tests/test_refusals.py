@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 from models import build
-from torchrun import JOBS
+from torchrun import JOBS, SEARCH_PATH
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
 def test_lora_and_sleep_are_refused_by_name(tmp_path: Path) -> None:
     build("untied").save_pretrained(tmp_path / "model")
-    paths = os.pathsep.join((str(JOBS), str(JOBS.parent)))
-    environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": paths}
+    environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": SEARCH_PATH}
     done = subprocess.run(
         [sys.executable, JOBS / "refusals.py", tmp_path / "model", tmp_path / "report.json"],
         env=environ,

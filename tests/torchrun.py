@@ -13,6 +13,8 @@ import psutil
 
 JOBS = Path(__file__).parent / "jobs"
 MARKER = "ROLLCAST_TEST_JOB"
+# Where jobs find the tests' own modules; the user's places stay.
+SEARCH_PATH = os.pathsep.join(filter(None, (str(JOBS), str(JOBS.parent), os.environ.get("PYTHONPATH"))))
 
 
 @dataclass
@@ -30,8 +32,7 @@ class TorchrunJob:
     def __init__(self, *arguments: str | Path, ranks: int, cwd: Path, env: dict[str, str] | None = None) -> None:
         self.marker = uuid.uuid4().hex
         self.output_path = cwd / f"output-{self.marker}.txt"
-        paths = os.pathsep.join((str(JOBS), str(JOBS.parent)))
-        environ = os.environ | {MARKER: self.marker, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | (env or {})
+        environ = os.environ | {MARKER: self.marker, "OMP_NUM_THREADS": "1", "PYTHONPATH": SEARCH_PATH} | (env or {})
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         self.started = time.monotonic()
         with self.output_path.open("wb") as output:
