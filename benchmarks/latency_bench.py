@@ -1,7 +1,7 @@
 """What all methods of the latency benchmark share: weights, engine, version, the peers' group (trainer)."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from latency_memory import peak_bytes, settle
 from latency_spec import JobSpec
 
 from rollcast.comm import Deadline, Group, SyncReport, host_store, join_group
+from rollcast.comm.group import Work
 from rollcast.rollout import Job
 from rollcast.rollout.pool import expect
 from rollcast.rollout.records import Call, Called, Reply
@@ -90,6 +91,18 @@ class Bench:
         """The worker's answer."""
         return answer(self.start(method, *args))
 
+    def receive(self, method: str, *args: Any) -> "Future[Reply]":
+        """Make the worker take part in broadcasts of the group; if it fails, waits for them end at once."""
+        group = self.group()
+
+        def leave_if_failed(done: "Future[Reply]") -> None:
+            if done.exception():
+                group.close()
+
+        receiving = self.start(method, *args)
+        receiving.add_done_callback(leave_if_failed)
+        return receiving
+
     def settle(self) -> None:
         """Both sides give memory back and start to watch its peak."""
         settle()
@@ -123,6 +136,18 @@ def answer(future: "Future[Reply]") -> Any:
     """What the method returned, once it has. Raises `EngineError` with the worker's words."""
     (result,) = expect(future.result(RPC_TIMEOUT_S), Called).results
     return result
+
+
+def wait_for(works: Sequence[Work], receiving: "Future[Reply]") -> None:
+    """Wait for broadcasts of the group. Raises the worker's words if there are any."""
+    deadline = Deadline(RPC_TIMEOUT_S)
+    try:
+        for work in works:
+            work.wait(deadline)
+    except RuntimeError:
+        if receiving.done():
+            answer(receiving)
+        raise
 
 
 def elapsed(act: Callable[[], Any]) -> Sample:

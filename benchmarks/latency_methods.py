@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
-from latency_bench import RPC_TIMEOUT_S, Bench, Run, Sample, answer
+from latency_bench import RPC_TIMEOUT_S, Bench, Run, Sample, answer, wait_for
 from latency_native import native
 
 from rollcast.comm import Deadline
@@ -61,15 +61,14 @@ def broadcast(bench: Bench, *, sizes: list[int], buffer: torch.Tensor, call: boo
     group, deadline = bench.group(), Deadline(RPC_TIMEOUT_S)
     bench.synchronize()
     called = time.perf_counter()
-    receiving = bench.start("bench_receive", sizes, not call, RPC_TIMEOUT_S)
+    receiving = bench.receive("bench_receive", sizes, not call, RPC_TIMEOUT_S)
     if not call:
         hello = torch.zeros(1, dtype=torch.uint8, device=bench.device)
-        group.broadcast([hello], root=1, deadline=deadline).wait(deadline)
+        wait_for([group.broadcast([hello], root=1, deadline=deadline)], receiving)
         time.sleep(POST_S)
     start = time.perf_counter()
     works = [group.broadcast([buffer[:size]], root=0, deadline=deadline) for size in sizes]
-    for work in works:
-        work.wait(deadline)
+    wait_for(works, receiving)
     mine, theirs = time.perf_counter(), answer(receiving)
     # One machine, one clock: the worker says when it had everything.
     return Sample(time.perf_counter() - called if call else max(mine, theirs) - start)
@@ -93,8 +92,8 @@ def _send_one_by_one(bench: Bench) -> Sample:
             given_up = f"{count} of {len(bench.weights)} tensors after {deadline.timeout_s:g} s"
             raise TimeoutError(f"one update takes too long: {given_up}")
         dtype = str(tensor.dtype).removeprefix("torch.")
-        loading = bench.start("bench_load", name, dtype, list(tensor.shape), RPC_TIMEOUT_S)
-        group.broadcast([flat_bytes(tensor)], root=0, deadline=Deadline(RPC_TIMEOUT_S)).wait(Deadline(RPC_TIMEOUT_S))
+        loading = bench.receive("bench_load", name, dtype, list(tensor.shape), RPC_TIMEOUT_S)
+        wait_for([group.broadcast([flat_bytes(tensor)], root=0, deadline=Deadline(RPC_TIMEOUT_S))], loading)
         answer(loading)
     return Sample(time.perf_counter() - start)
 

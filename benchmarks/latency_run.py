@@ -23,7 +23,9 @@ from rollcast.rollout.preflight import installed_vllm, visible_gpus
 
 HERE = Path(__file__).parent
 RANKS = 2
-START_S = 420.0
+START_S = 240.0
+# Of a method, in units of `--max-seconds`: repeats, and what is not timed.
+SHARES = 2
 STOP_S = 60.0
 # vLLM's KV cache and activations beside the weights; what a GPU without shadow buffers must leave free.
 ENGINE_BYTES = 40e9
@@ -71,7 +73,7 @@ class Runner:
             write_config(model, folder / "model")
             spec = self._spec(model, folder, results=results, ceilings=ceilings)
             (folder / "spec.json").write_bytes(msgspec.json.encode(spec))
-            ended = self._start(folder, timeout_s=START_S + 6 * spec.max_seconds * len(spec.methods))
+            ended = self._start(folder, timeout_s=START_S + SHARES * spec.max_seconds * len(spec.methods))
             found = Found()
             for line in read(results):
                 found.take(line)

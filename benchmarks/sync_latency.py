@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from latency_models import SHAPES
-from latency_report import draw, markdown, show
+from latency_plot import draw
+from latency_report import markdown, show
 from latency_run import Runner
 from latency_spec import METHODS
 from latency_stats import with_ratios
