@@ -66,7 +66,7 @@ def measure_all(job: Job, spec: JobSpec, weights: dict[str, torch.Tensor]) -> No
     for name in spec.methods:
         for row in measure(bench, name, before=before, kv_cache_tokens=facts["kv_cache_tokens"]):
             append(spec.results, Line("row", row))
-            CONSOLE.print(progress(row))
+            CONSOLE.print(progress(row), soft_wrap=True)
 
 
 def measure_ceilings(bench: Bench) -> Line:
