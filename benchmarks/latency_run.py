@@ -19,7 +19,8 @@ from latency_stats import Row
 from machine_card import cpu_card, gpu_card
 from torch.cuda.nccl import version as nccl_version
 
-from rollcast.rollout.preflight import installed_vllm, visible_gpus
+from rollcast.comm.gpus import visible_gpus
+from rollcast.rollout.preflight import installed_vllm, select_visible
 
 HERE = Path(__file__).parent
 RANKS = 2
@@ -62,7 +63,7 @@ class Runner:
         self._options = options
         on_gpus = torch.cuda.device_count() > 0 if options.device == "auto" else options.device == "cuda"
         self._device = "cuda" if on_gpus else "cpu"
-        self.machine: dict[str, Any] = cpu_card() | (gpu_card(visible_gpus()[:RANKS]) if on_gpus else {})
+        self.machine: dict[str, Any] = cpu_card() | (gpu_card(_gpus()[:RANKS]) if on_gpus else {})
 
     def run(self, model: str, *, ceilings: bool) -> Found:
         """Measure one model. Every method has a row in the end, if only to say why it has no numbers."""
@@ -147,3 +148,8 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _gpus() -> list[str]:
+    """UUIDs of the GPUs that the jobs will see."""
+    return select_visible(visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))

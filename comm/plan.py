@@ -79,27 +79,28 @@ def build_transfer(
     *,
     senders: int = 1,
     bucket_bytes: int,
+    paired: bool = False,
 ) -> TransferPlan:
     """Plan the sync of `manifest` into workers that keep `landings[workers[i]]`. Deterministic, no communication.
 
     `landings` maps a digest to moves in the order of the worker's memory. Lanes go round the `senders` trainer
-    ranks. Raises `ValueError` naming the first parameter that no worker keeps.
+    ranks; with `paired`, each worker has a lane of its own, sent by the trainer rank of its number. Raises
+    `ValueError` naming the first parameter that no worker keeps.
     """
     used = {move.param for moves in landings.values() for move in moves}
     for index, spec in enumerate(manifest.specs):
         if index not in used and spec.numel:
             raise ValueError(f"the engine's model has no place for parameter {spec}: do not send it")
     walk = walk_order(landings.values())
-    lanes = tuple(
-        Lane(
-            index,
-            index % senders,
-            tuple(worker for worker, its in enumerate(workers) if its == digest),
-            fill_buckets(moves, walk, bucket_bytes=bucket_bytes),
-        )
-        for index, (digest, moves) in enumerate(landings.items())
-    )
-    return TransferPlan(manifest, walk, lanes)
+    buckets = {digest: fill_buckets(moves, walk, bucket_bytes=bucket_bytes) for digest, moves in landings.items()}
+    if paired:
+        lanes = [Lane(worker, worker, (worker,), buckets[digest]) for worker, digest in enumerate(workers)]
+    else:
+        lanes = [
+            Lane(index, index % senders, tuple(w for w, its in enumerate(workers) if its == digest), buckets[digest])
+            for index, digest in enumerate(landings)
+        ]
+    return TransferPlan(manifest, walk, tuple(lanes))
 
 
 def walk_order(landings: Iterable[Sequence[Move]]) -> tuple[int, ...]:

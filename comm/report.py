@@ -1,7 +1,7 @@
 """What one sync cost (both sides)."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -53,6 +53,13 @@ class SyncReport:
     the engines' answers, resume), `verify` (checksums). From the slowest worker: `apply`. `total` is from call to
     return."""
     workers: tuple[WorkerReport, ...] = field(default=())
+
+    @classmethod
+    def of(cls, version: int, nbytes: int, timer: PhaseTimer, workers: Sequence[WorkerReport]) -> "SyncReport":
+        """From the trainer's timer and the workers' reports."""
+        apply_s = max((worker.phases_s.get("apply", 0.0) for worker in workers), default=0.0)
+        phases_s = dict.fromkeys(("plan", "gather", "pack", "wire", "control"), 0.0) | timer.phases_s
+        return cls(version, nbytes, phases_s | {"apply": apply_s, "total": timer.total_s()}, tuple(workers))
 
     @property
     def total_s(self) -> float:

@@ -11,7 +11,9 @@ import torch
 from rollcast.rollout.errors import PreflightError
 
 PAUSE_MODES = ("keep", "wait", "abort")
-PREFIX_CACHE_POLICIES = ("clear", "keep")
+PREFIX_CACHE_POLICIES = ("salt", "clear", "keep")
+SYNC_MODES = ("in_place", "shadow")
+TRANSPORTS = ("auto", "nccl", "ipc")
 VERIFY_MODES = ("none", "checksum", "full")
 CPU_WEIGHTS = ("packed", "plain")
 POSITIVE = (
@@ -24,6 +26,22 @@ POSITIVE = (
 )
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """The way of one sync."""
+
+    mode: str
+    pause_mode: str
+    verify: str
+    unchanged: bool = False
+    """A self-test."""
+
+    def check(self) -> None:
+        one_of("mode", self.mode, SYNC_MODES)
+        one_of("pause_mode", self.pause_mode, PAUSE_MODES)
+        one_of("verify", self.verify, VERIFY_MODES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +78,16 @@ class RolloutConfig:
     """Replace by a subclass to add methods to the workers. Must be importable in the engine's processes."""
     pause_mode: str = "keep"
     """What a sync does to requests in flight: "keep" freezes them, "wait" lets them finish, "abort" ends them."""
-    prefix_cache: str = "clear"
-    """What a sync does to the prefix cache. "keep" is faster, and serves keys of the old weights."""
+    prefix_cache: str = "salt"
+    """What a sync does to the prefix cache. "salt": later requests do not find the keys of older weights, which are
+    dropped as room is needed. "clear": it is emptied, and requests in flight are run again from their start. "keep":
+    it stays, and serves keys of the old weights."""
+    sync_mode: str = "in_place"
+    """How weights arrive. "in_place": in the live parameters, while the engine holds still. "shadow": in spare GPU
+    memory, as much as the weights take, while the engine decodes; then it holds still for one copy."""
+    transport: str = "auto"
+    """How bytes travel between GPUs. "ipc": the worker reads the trainer's memory (one machine). "nccl": grouped
+    broadcasts. "auto": "ipc" where a lane has one worker on the sender's GPU or one NVLink away, else "nccl"."""
     verify: str = "none"
     """How a sync makes sure that the weights are those that were sent. "checksum" compares 64-bit hashes of every
     stretch of bytes, made on both sides' devices. "full" also sends everything again and compares it with what is
@@ -83,6 +109,8 @@ class RolloutConfig:
         one_of("pause_mode", self.pause_mode, PAUSE_MODES)
         one_of("prefix_cache", self.prefix_cache, PREFIX_CACHE_POLICIES)
         one_of("verify", self.verify, VERIFY_MODES)
+        one_of("sync_mode", self.sync_mode, SYNC_MODES)
+        one_of("transport", self.transport, TRANSPORTS)
         one_of("cpu_weights", self.cpu_weights, CPU_WEIGHTS)
         one_of("device", self.device, DEVICES)
         for name in POSITIVE:

@@ -1,4 +1,4 @@
-"""One vLLM engine: generate, and take part in a sync (engine process; the only user of `AsyncLLM`)."""
+"""One vLLM engine: generate, and take part in a sync (engine process)."""
 
 import asyncio
 import re
@@ -6,9 +6,14 @@ from enum import Enum
 from typing import Any
 
 import msgspec
+import zmq
+import zmq.asyncio
 
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.records import Completion, JoinGroup, Launch, Receive, Sampling, WorkerTimes
+from rollcast.rollout.requests import Requests
+from rollcast.rollout.scheduling import Scheduling
+from rollcast.rollout.starting import start_llm
 
 # What vLLM wraps around a worker's own text.
 VLLM_WRAPPING = re.compile(
@@ -19,12 +24,15 @@ VLLM_WRAPPING = re.compile(
 class State(Enum):
     """Of an engine's weights.
 
-    SERVING --receive--> RECEIVING --commit--> SERVING
+    SERVING --receive--> RECEIVING --commit--> SERVING       (in place: the weights are a mixture meanwhile)
                          RECEIVING --abandon--> TORN --receive--> RECEIVING
+    SERVING --receive--> HOLDING --commit--> SERVING         (shadow: the new weights wait beside the old)
+                         HOLDING --abandon--> SERVING
     """
 
     SERVING = "serving"
     RECEIVING = "receiving"
+    HOLDING = "holding"
     TORN = "torn"
 
 
@@ -38,50 +46,29 @@ class Engine:
     def __init__(self, llm: Any, *, index: int, eos_token_ids: tuple[int, ...]) -> None:
         self._llm = llm
         self._index = index
-        self._eos_token_ids = eos_token_ids
-        self._requests = 0
-        self._history = [0]
-        self._paused = False
+        self._requests = Requests(llm, index=index, eos_token_ids=eos_token_ids)
+        self._scheduling = Scheduling(llm)
         self._state = State.SERVING
-        self._why_torn = ""
-        self._waiting: set[asyncio.Task[list[Completion]]] = set()
+        self._paused = False
+        self._asleep: frozenset[str] = frozenset()
         self._receiving: asyncio.Task[Any] | None = None
+        self._received: Receive | None = None
+        self._reports: zmq.asyncio.Socket | None = None
 
     @classmethod
     def start(cls, launch: Launch) -> "Engine":
         """Start vLLM's processes and load the model. Blocks until the engine is ready."""
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        optional: dict[str, Any] = {} if launch.max_num_seqs is None else {"max_num_seqs": launch.max_num_seqs}
-        args: dict[str, Any] = {
-            "model": launch.model,
-            "dtype": launch.dtype,
-            "max_model_len": launch.max_model_len,
-            "tensor_parallel_size": launch.tensor_parallel_size,
-            "worker_extension_cls": launch.worker_extension_cls,
-            "load_format": launch.load_format,
-            "seed": launch.seed,
-            "enforce_eager": launch.enforce_eager,
-            "gpu_memory_utilization": launch.gpu_memory_utilization,
-            # Prompts arrive as tokens; the trainer owns the tokenizer. vLLM then knows no end-of-sequence token.
-            "skip_tokenizer_init": True,
-            # The policy ratio needs the distribution that was sampled from.
-            "logprobs_mode": "processed_logprobs",
-            "disable_log_stats": True,
-        }
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args | optional | launch.engine_args))
-        return cls(llm, index=launch.engine, eos_token_ids=launch.eos_token_ids)
+        return cls(start_llm(launch), index=launch.engine, eos_token_ids=launch.eos_token_ids)
 
     @property
     def version(self) -> int:
         """Policy version of the weights."""
-        return self._history[-1]
+        return self._requests.version
 
     @property
     def torn(self) -> str | None:
         """Why the engine refuses to generate, if it does."""
-        return self._why_torn if self._state is State.TORN else None
+        return self._requests.refusal or None
 
     @property
     def dead(self) -> bool:
@@ -90,22 +77,13 @@ class Engine:
 
     async def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
         """Sample `sampling.n` completions of each prompt; groups in the order of the prompts."""
-        if self._state is State.TORN:
-            raise EngineError(self._why_torn)
-        tasks = [asyncio.create_task(self._sample(prompt, sampling)) for prompt in prompts]
-        self._waiting.update(tasks)
-        try:
-            return await asyncio.gather(*tasks)
-        except asyncio.CancelledError:
-            raise EngineError(self.torn or f"engine {self._index} ended the request") from None
-        finally:
-            for task in tasks:
-                task.cancel()
-            self._waiting.difference_update(tasks)
+        if self._asleep:
+            raise EngineError(f"engine {self._index} sleeps: call pool.wake_up() first")
+        return await self._requests.generate(prompts, sampling)
 
     async def prepare(self, manifest: bytes) -> list[str]:
         """Let every worker find where the parameters land. The digest of each worker's plan."""
-        await self._refuse_asleep()
+        self._refuse_asleep()
         return await self.call("rollcast_prepare", manifest)
 
     async def describe_landing(self) -> list[bytes]:
@@ -114,78 +92,137 @@ class Engine:
 
     async def join(self, request: JoinGroup) -> None:
         """Let every worker join the group of its lane."""
-        await self.call(
-            "rollcast_join",
-            request.transport,
-            request.address,
-            [list(msgspec.structs.astuple(assignment)) for assignment in request.assignments],
-            request.walk,
-            request.bucket_bytes,
-            request.timeout_s,
-        )
+        assignments = [list(msgspec.structs.astuple(assignment)) for assignment in request.assignments]
+        arguments = (request.address, assignments, request.walk, request.bucket_bytes, request.timeout_s)
+        await self.call("rollcast_join", *arguments)
 
     async def receive(self, request: Receive) -> list[WorkerTimes]:
-        """Pause, then receive new weights in all workers with one call. The engine is torn until `commit`."""
+        """Receive new weights in all workers. Served when `commit` is called, or at once if `request.alone`."""
         try:
-            return await self._receive(request)
+            self._check(request)
+            self._receiving = asyncio.current_task()
+            phases = await (self._receive_aside(request) if request.mode == "shadow" else self._receive(request))
+            self._received = request
+            if request.alone:
+                await self.commit(request.version)
         except BaseException:
             # A sender that waits for these workers must not wait until its deadline.
             await self.call("rollcast_leave")
             raise
+        return [WorkerTimes(request.first_rank + rank, worker) for rank, worker in enumerate(phases)]
 
-    async def _receive(self, request: Receive) -> list[WorkerTimes]:
-        if request.version <= self.version and not request.unchanged:
+    def _check(self, request: Receive) -> None:
+        # The same version once more: the trainer has not heard that it has arrived.
+        if request.version < self.version:
             raise EngineError(f"engine {self._index} has version {self.version}: {request.version} is not newer")
         if request.unchanged and (self._state is not State.SERVING or request.version != self.version):
             raise EngineError(
                 f"engine {self._index} has version {self.version}, {self._state.value}: a self-test needs engines that "
                 f"serve version {request.version}, so sync first"
             )
-        await self._refuse_asleep()
-        self._receiving = asyncio.current_task()
-        self._paused = True
+        self._refuse_asleep()
+        if request.mode == "shadow" and self._state is State.TORN:
+            raise EngineError(f"engine {self._index} has no weights to serve meanwhile: sync in place after a failure")
+
+    async def _receive(self, request: Receive) -> list[dict[str, float]]:
+        """Pause, and let the workers receive into the live weights. The engine is torn until `commit`."""
+        arguments = (request.version, request.digests, request.verify, request.unchanged, request.timeout_s)
+        return await self._change("rollcast_receive", *arguments, request=request)
+
+    async def _change(self, method: str, *arguments: Any, request: Receive) -> Any:
+        """Pause for a call that changes the live weights; stay paused."""
+
+        async def act() -> list[Any]:
+            self._state = State.RECEIVING
+            return await self.call(method, *arguments)
+
+        self._paused = self._requests.next_version = True
+        if request.prefix_cache == "salt":
+            # Requests that arrive from now on, which run under the next version.
+            self._requests.salt += 1
+        try:
+            outcome = await self._scheduling.pause_for(request.pause_mode, act, timeout_s=request.timeout_s)
+        except TimeoutError as late:
+            raise EngineError(f"engine {self._index} {late}") from None
+        if not self._requests.idle:
+            await self._scheduling.settle()
+        return outcome
+
+    async def _receive_aside(self, request: Receive) -> list[dict[str, float]]:
+        """Let the workers receive into spare memory while the engine decodes; each says when it is done."""
+        reports, address = self._open_reports()
+        arguments = (request.version, request.digests, request.verify, request.timeout_s, address)
+        workers = len(await self.call("rollcast_receive_aside", *arguments))
+        phases: dict[int, dict[str, float]] = {}
         try:
             async with asyncio.timeout(request.timeout_s):
-                await self._llm.pause_generation(mode=request.pause_mode, clear_cache=False)
+                while len(phases) < workers:
+                    version, rank, problem, its = msgspec.msgpack.decode(await reports.recv())
+                    if version == request.version and problem:
+                        raise EngineError(_named(self._index, problem))
+                    if version == request.version:
+                        phases[rank] = its
         except TimeoutError:
-            late = f"did not pause within {request.timeout_s:.1f} s (pause_mode is {request.pause_mode!r})"
-            raise EngineError(f"engine {self._index} {late}") from None
-        self._state = State.RECEIVING
-        phases = await self.call(
-            "rollcast_receive", request.version, request.digests, request.verify, request.unchanged, request.timeout_s
-        )
-        return [WorkerTimes(request.first_rank + rank, worker) for rank, worker in enumerate(phases)]
+            raise EngineError(f"engine {self._index} did not receive within {request.timeout_s:.1f} s") from None
+        self._state = State.HOLDING
+        return [phases[rank] for rank in sorted(phases)]
 
-    async def _refuse_asleep(self) -> None:
-        # vLLM says that a paused engine sleeps, too.
-        if not self._paused and await self._llm.is_sleeping():
+    def _open_reports(self) -> tuple[zmq.asyncio.Socket, str]:
+        """Where workers report what they do beside decoding."""
+        if self._reports is None:
+            self._reports = zmq.asyncio.Context.instance().socket(zmq.PULL)
+            self._reports.bind("tcp://127.0.0.1:*")
+        return self._reports, self._reports.get_string(zmq.LAST_ENDPOINT)
+
+    def _refuse_asleep(self) -> None:
+        if "weights" in self._asleep:
             raise EngineError(f"engine {self._index} sleeps: its weights cannot be updated before wake_up")
 
-    async def commit(self, version: int, prefix_cache: str) -> None:
-        """All engines have the weights: clear the prefix cache if asked to, set the version, resume."""
-        if prefix_cache == "clear":
-            await self._clear_prefix_cache()
-        if version != self.version:
-            self._history.append(version)
-        self._state = State.SERVING
-        self._paused = False
-        await self._llm.resume_generation()
+    async def commit(self, version: int) -> None:
+        """All engines have the weights: switch to them, treat the prefix cache, set the version, resume."""
+        request = self._received
+        assert request is not None and request.version == version
+        if self._state is State.HOLDING:
+            await self._change("rollcast_apply", request=request)
+        if request.prefix_cache == "clear" and not await self._scheduling.clear_prefix_cache():
+            raise EngineError(f"engine {self._index}: vLLM did not clear its prefix cache")
+        self._requests.advance(version)
+        self._requests.refusal = ""
+        self._state, self._received, self._paused = State.SERVING, None, False
+        if self._asleep:
+            # vLLM schedules again when its cache is awake, too, and empty.
+            return
+        await self._scheduling.resume()
 
     async def abandon(self, text: str) -> None:
         """The sync failed somewhere. Untouched weights serve on; torn ones never do."""
         if self._receiving is not None and not self._receiving.done() and self._state is State.SERVING:
-            # Still pausing: it must not go on to receive after this.
+            # Still pausing, or receiving beside: it must not go on after this.
             self._receiving.cancel()
             await asyncio.wait([self._receiving])
-        if self._state is State.SERVING:
+        if self._state in (State.SERVING, State.HOLDING):
+            self._state, self._requests.next_version = State.SERVING, False
             if self._paused:
                 self._paused = False
-                await self._llm.resume_generation()
+                await self._scheduling.resume()
             return
         self._state = State.TORN
-        self._why_torn = f"engine {self._index} holds torn weights and refuses to generate until the next sync: {text}"
-        for task in self._waiting:
-            task.cancel()
+        self._requests.refuse(
+            f"engine {self._index} holds torn weights and refuses to generate until the next sync: {text}"
+        )
+
+    async def sleep(self, level: int) -> None:
+        """Free the GPU's memory: weights to the host (1) or dropped (2), and the KV cache. Ends requests."""
+        await self._llm.sleep(level=level)
+        self._asleep = frozenset({"weights", "kv_cache"})
+        if level > 1:
+            self._state = State.TORN
+            self._requests.refuse(f"engine {self._index} dropped its weights in sleep(level=2): wake it up and sync")
+
+    async def wake_up(self, tags: list[str]) -> None:
+        """Take the memory of `tags` back; all of it when `tags` is empty."""
+        await self._llm.wake_up(tags=tags or None)
+        self._asleep = self._asleep - set(tags) if tags else frozenset()
 
     async def fingerprint(self) -> list[dict[str, str]]:
         """Hashes of every live tensor, for each worker."""
@@ -195,51 +232,13 @@ class Engine:
         """Stop vLLM's processes."""
         self._llm.shutdown()
 
-    async def _clear_prefix_cache(self) -> None:
-        """The old weights' keys must not serve new prompts."""
-        # vLLM refuses while requests hold blocks, unless it may run those again from their start.
-        for reset_running_requests in (False, True):
-            if await self._llm.reset_prefix_cache(reset_running_requests=reset_running_requests):
-                return
-        raise EngineError(f"engine {self._index}: vLLM did not clear its prefix cache")
-
     async def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker; `EngineError` with the worker's own text if one raises."""
         try:
             return await self._llm.collective_rpc(method, args=args)
         except Exception as error:
-            raise EngineError(f"engine {self._index}: {VLLM_WRAPPING.sub('', str(error))}") from error
-
-    async def _sample(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            n=sampling.n,
-            max_tokens=sampling.max_tokens,
-            min_tokens=sampling.min_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            stop_token_ids=[*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_token_ids)],
-            ignore_eos=sampling.ignore_eos,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        self._requests += 1
-        # A request that arrives during a pause runs under the next version only.
-        first = len(self._history) - (0 if self._paused else 1)
-        outputs: list[Any] = []
-        async for final in self._llm.generate({"prompt_token_ids": prompt}, params, f"rollcast-{self._requests}"):
-            outputs = final.outputs
-        # Nothing after `first` if the sync that had paused this engine was abandoned.
-        versions = tuple(self._history[first:] or self._history[-1:])
-        return [_completion(output, versions) for output in outputs]
+            raise EngineError(_named(self._index, VLLM_WRAPPING.sub("", str(error)))) from error
 
 
-def _completion(output: Any, versions: tuple[int, ...]) -> Completion:
-    tokens = list(output.token_ids)
-    logprobs = [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)]
-    return Completion(tokens, logprobs, output.finish_reason or "abort", versions)
+def _named(engine: int, text: str) -> str:
+    return text if text.startswith(f"engine {engine}") else f"engine {engine}: {text}"

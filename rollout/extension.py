@@ -5,9 +5,12 @@ runs, and every attribute must be new to the worker: hence the prefix.
 """
 
 import hashlib
+from functools import partial
 from typing import Any
 
+import msgspec
 import torch
+import zmq
 from torch import nn
 
 from rollcast.comm import (
@@ -27,7 +30,9 @@ from rollcast.rollout.compiler import compile_landing
 from rollcast.rollout.landing import LandingPlan
 from rollcast.rollout.layout import choose_cpu_layout
 from rollcast.rollout.live import LiveLanding
+from rollcast.rollout.records import Assignment
 from rollcast.rollout.reload import live_tensors, probe
+from rollcast.rollout.shadow import Shadow
 from rollcast.rollout.tape import LandingError
 
 # vLLM imports this module after the worker process has started and before it loads the model, and offers no
@@ -43,6 +48,7 @@ class RollcastWorker:
     rollcast_group: Group | None = None
     rollcast_landing: LiveLanding
     rollcast_receiver: WeightReceiver
+    rollcast_shadow: Shadow | None = None
 
     def rollcast_prepare(self, manifest: bytes) -> str:
         """Compile the landing plan; return its digest. Collective over the engine's workers.
@@ -62,34 +68,29 @@ class RollcastWorker:
         return self.rollcast_landing.plan.to_bytes()
 
     def rollcast_join(
-        self,
-        transport: str,
-        address: str,
-        assignments: list[list[Any]],
-        walk: list[int],
-        bucket_bytes: int,
-        timeout_s: float,
+        self, address: str, assignments: list[list[Any]], walk: list[int], bucket_bytes: int, timeout_s: float
     ) -> None:
-        """Join this worker's lane: (index, rank in it, its size, sender, digest). Collective over the lane.
+        """Join this worker's lane; its assignment is an `Assignment` as a list. Collective over the lane.
 
         Raises `ValueError` if this side's buckets differ from the sender's.
         """
         self.rollcast_leave()
         worker: Any = self
-        index, rank, size, sender, digest = assignments[worker.rank]
+        mine = Assignment(*assignments[worker.rank])
         buckets = fill_buckets(self.rollcast_landing.plan.moves, walk, bucket_bytes=bucket_bytes)
-        lane = Lane(index, sender, (), buckets)
-        if lane.digest != digest:
+        lane = Lane(mine.lane, mine.sender, (), buckets)
+        if lane.digest != mine.digest:
             raise ValueError(f"worker {worker.rank} made another plan than the trainer: run one version of rollcast")
-        self.rollcast_receiver = WeightReceiver(lane, self.rollcast_landing, device=worker.device)
+        self._rollcast_bind(lane)
         self.rollcast_group = join_group(
-            transport,
+            mine.transport,
             address,
-            rank=rank,
-            size=size,
+            rank=mine.rank,
+            size=mine.size,
             deadline=Deadline(timeout_s),
             device=worker.device,
-            name=f"lane-{index}",
+            name=f"lane-{mine.lane}",
+            label=mine.label,
         )
 
     def rollcast_receive(
@@ -101,15 +102,9 @@ class RollcastWorker:
         failure the worker leaves the group, which makes the sender fail at once, and the parameters are a mixture
         until a later sync succeeds.
         """
-        worker: Any = self
         timer, deadline = PhaseTimer(), Deadline(timeout_s)
         try:
-            group = self.rollcast_group
-            if group is None:
-                raise RuntimeError("this worker is not in the weight group")
-            self._rollcast_follow()
-            if self.rollcast_receiver.lane.digest != digests[worker.rank]:
-                raise ValueError(f"version {version} was announced with another plan than the one joined with")
+            group = self._rollcast_ready(version, digests)
             before = self._rollcast_hashes() if unchanged else {}
             with torch.no_grad(), self._rollcast_settings():
                 self.rollcast_receiver.receive(group, deadline=deadline, timer=timer, checksums=verify != "none")
@@ -117,13 +112,40 @@ class RollcastWorker:
                     self.rollcast_receiver.confirm(group, deadline=deadline, timer=timer)
             if torch.cuda.is_available():
                 # The answer says that the weights are in place, not that they soon will be.
-                torch.cuda.synchronize()
+                torch.cuda.current_stream().synchronize()
             if unchanged:
                 _raise_if_changed(before, self._rollcast_hashes())
         except BaseException:
             self.rollcast_leave()
             raise
         return timer.phases_s | {"total": timer.total_s()}
+
+    def rollcast_receive_aside(
+        self, version: int, digests: list[str], verify: str, timeout_s: float, address: str
+    ) -> None:
+        """Start to receive one sync into spare memory, and return. Collective over the lane.
+
+        At the end (version, rank, problem or "", seconds by phase) is pushed to the ZMQ socket at `address`. Raises
+        `LandingError` if the memory is not there.
+        """
+        worker: Any = self
+        try:
+            group = self._rollcast_ready(version, digests)
+            if self.rollcast_shadow is None:
+                lane = self.rollcast_receiver.lane
+                self.rollcast_shadow = Shadow(self.rollcast_landing, lane, device=worker.device)
+            report = partial(_push, address, version, worker.rank)
+            self.rollcast_shadow.receive(group, verify=verify, timeout_s=timeout_s, report=report)
+        except BaseException:
+            self.rollcast_leave()
+            raise
+
+    def rollcast_apply(self) -> None:
+        """Switch to the weights that have been received aside. Later GPU work of this worker uses them."""
+        if self.rollcast_shadow is None or self.rollcast_landing.moved() is not None:
+            raise RuntimeError("the weights were moved while new ones were received: sync again")
+        with self._rollcast_settings():
+            self.rollcast_shadow.apply()
 
     def rollcast_leave(self) -> None:
         """Leave the weight group. Idempotent."""
@@ -164,7 +186,6 @@ class RollcastWorker:
 
     def _rollcast_follow(self) -> None:
         """Find the live tensors again if vLLM has moved any since the last sync."""
-        worker: Any = self
         moved = self.rollcast_landing.moved()
         if moved is None:
             return
@@ -173,8 +194,22 @@ class RollcastWorker:
         if plan.digest != known.digest:
             raise LandingError(f"{moved} was replaced and the weights now land elsewhere: sync again to plan anew")
         self.rollcast_landing = LiveLanding(plan, self._rollcast_model(), dtype=self._rollcast_dtype())
-        lane = self.rollcast_receiver.lane
+        self._rollcast_bind(self.rollcast_receiver.lane)
+
+    def _rollcast_bind(self, lane: Lane) -> None:
+        worker: Any = self
         self.rollcast_receiver = WeightReceiver(lane, self.rollcast_landing, device=worker.device)
+        self.rollcast_shadow = None
+
+    def _rollcast_ready(self, version: int, digests: list[str]) -> Group:
+        """The group, if this worker can receive the sync that was announced."""
+        worker: Any = self
+        if self.rollcast_group is None:
+            raise RuntimeError("this worker is not in the weight group")
+        self._rollcast_follow()
+        if self.rollcast_receiver.lane.digest != digests[worker.rank]:
+            raise ValueError(f"version {version} was announced with another plan than the one joined with")
+        return self.rollcast_group
 
     def _rollcast_tensors(self) -> dict[str, torch.Tensor]:
         model = self._rollcast_model()
@@ -193,6 +228,13 @@ def _raise_if_changed(before: dict[str, int], after: dict[str, int]) -> None:
             f"self-test: {len(changed)} of {len(before)} tensors changed in a sync that should change nothing: "
             f"{shown}. Either the trainer did not start from the engine's checkpoint, or weights land in wrong places"
         )
+
+
+def _push(address: str, version: int, rank: int, problem: str, phases_s: dict[str, float]) -> None:
+    """Tell the engine process how it went."""
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.connect(address)
+        socket.send(msgspec.msgpack.encode([version, rank, problem, phases_s]))
 
 
 def _sha256(tensor: torch.Tensor) -> str:

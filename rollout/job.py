@@ -1,10 +1,11 @@
 """`join`: turns the ranks of a torchrun job into trainers and engines (every rank)."""
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -17,10 +18,12 @@ from rollcast.comm.group import reachable_host
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.leader import idle, lead
 from rollcast.rollout.pool import Pool
-from rollcast.rollout.preflight import preflight
+from rollcast.rollout.preflight import Card, describe, preflight
 from rollcast.rollout.roster import Roster
 from rollcast.rollout.sync import PoolBroadcaster
 from rollcast.rollout.world import World, narrow_to_trainers
+
+logger = logging.getLogger(__name__)
 
 STORE_TIMEOUT_S = 300.0
 LEAVE_S = 10.0
@@ -34,6 +37,8 @@ class Job:
 
     config: RolloutConfig
     world: World
+    cards: list[Card]
+    """What every rank runs on, in rank order."""
     _pool: Pool | None
     _agreement: Agreement | None
     _stack: ExitStack
@@ -56,11 +61,13 @@ class Job:
             raise RuntimeError("only trainer ranks have a pool: check job.is_trainer first")
         return self._pool
 
-    def broadcaster(self, weights: nn.Module | Mapping[str, torch.Tensor]) -> PoolBroadcaster:
+    def broadcaster(
+        self, weights: nn.Module | Mapping[str, torch.Tensor], *, transport: str | None = None
+    ) -> PoolBroadcaster:
         """A broadcaster of these weights (see `WeightSource` for what they may be). Trainer ranks only.
 
         Not collective, but every trainer rank needs one to take part in its syncs. It takes over from an earlier
-        one, which is closed: the engines belong to one group at a time.
+        one, which is closed: the engines belong to one group at a time. `transport`: None, as configured.
         """
         pool, agreement = self.pool, self._agreement
         assert agreement is not None
@@ -68,7 +75,8 @@ class Job:
             WeightSource(weights, dtype=self.config.torch_dtype()),
             pool,
             agreement,
-            config=self.config,
+            config=replace(self.config, transport=transport or self.config.transport),
+            cards=self.cards,
             rank=self.world.rank,
             host=reachable_host(self.world.master_addr),
             name=f"sync/{len(self._broadcasters)}",
@@ -99,20 +107,24 @@ def join(config: RolloutConfig) -> Iterator[Job]:
     )
     connect = partial(world.store, timeout_s=STORE_TIMEOUT_S, scope=f"join-{next(JOINS)}")
     store = connect()
-    preflight(config, world, store)
+    cards = preflight(config, world, store)
+    for line in describe(cards) if world.rank == 0 else ():
+        logger.info(line)
     with ExitStack() as stack:
         if world.is_trainer:
             stack.enter_context(narrow_to_trainers(world))
-            yield from _train(config, world, connect, stack)
+            yield from _train(config, world, cards, connect, stack)
         else:
             if world.is_leader:
                 lead(config, world, store)
             else:
                 idle(Roster(store, engines=world.engines))
-            yield Job(config=config, world=world, _pool=None, _agreement=None, _stack=stack)
+            yield Job(config=config, world=world, cards=cards, _pool=None, _agreement=None, _stack=stack)
 
 
-def _train(config: RolloutConfig, world: World, connect: Callable[[], dist.Store], stack: ExitStack) -> Iterator[Job]:
+def _train(
+    config: RolloutConfig, world: World, cards: list[Card], connect: Callable[[], dist.Store], stack: ExitStack
+) -> Iterator[Job]:
     # Three connections: a wait on one blocks every other user of it, whatever the thread.
     roster = Roster(connect(), engines=world.engines)
     watched = Roster(connect(), engines=world.engines)
@@ -121,7 +133,7 @@ def _train(config: RolloutConfig, world: World, connect: Callable[[], dist.Store
         addresses = roster.addresses(deadline=Deadline(config.start_timeout_s))
         pool = Pool(watched, addresses, max_model_len=config.resolved_max_model_len())
         stack.callback(pool.close)
-        yield Job(config=config, world=world, _pool=pool, _agreement=agreement, _stack=stack)
+        yield Job(config=config, world=world, cards=cards, _pool=pool, _agreement=agreement, _stack=stack)
         # The last one out says that the job is over: engines must not stop while a trainer generates.
         roster.finish_with(world.trainers)
     finally:

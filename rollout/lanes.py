@@ -1,6 +1,7 @@
 """The lanes between trainer ranks and workers: plan them once, join their groups (every trainer rank)."""
 
 import base64
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
@@ -9,12 +10,13 @@ import msgspec
 import torch
 from torch import distributed as dist
 
-from rollcast.comm import Deadline, Group, Manifest, TransferPlan, build_transfer, host_store, join_group
+from rollcast.comm import Deadline, Group, Lane, Manifest, TransferPlan, build_transfer, host_store, join_group
 from rollcast.comm.agree import Agreement, first_error
 from rollcast.comm.group import connect_store
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import RollcastError
-from rollcast.rollout.pool import Pool, collect, expect
+from rollcast.rollout.pool import Pool
+from rollcast.rollout.preflight import Card
 from rollcast.rollout.records import (
     Assignment,
     DescribeLanding,
@@ -23,6 +25,7 @@ from rollcast.rollout.records import (
     Prepare,
     Prepared,
 )
+from rollcast.rollout.replies import collect, expect
 
 PREPARED, FAILED = "prepared ", "failed "
 # What is left of the deadline is for telling the other ranks.
@@ -46,15 +49,22 @@ class Lanes:
     """The transfer plan, and the groups of the lanes that this trainer rank sends."""
 
     def __init__(
-        self, pool: Pool, agreement: Agreement, manifest: Manifest, *, config: RolloutConfig, rank: int
+        self,
+        pool: Pool,
+        agreement: Agreement,
+        manifest: Manifest,
+        *,
+        config: RolloutConfig,
+        rank: int,
+        cards: Sequence[Card],
     ) -> None:
         self._pool = pool
         self._agreement = agreement
         self._manifest = manifest
         self._config = config
         self._rank = rank
-        self._transport = "nccl" if config.resolved_device() == "cuda" else "gloo"
-        on_gpu = self._transport == "nccl"
+        self._cards = cards
+        on_gpu = config.resolved_device() == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._store: dist.TCPStore | None = None
         self.groups: dict[int, Group] = {}
@@ -138,6 +148,7 @@ class Lanes:
             blueprint.workers,
             senders=self._config.trainers,
             bucket_bytes=self._config.bucket_bytes,
+            paired=self._config.colocate,
         )
 
     def _plan(self, store: dist.Store, parts: int) -> TransferPlan:
@@ -173,10 +184,13 @@ class Lanes:
             raise
 
     def _join_own(self, plan: TransferPlan, store: dist.Store, deadline: Deadline) -> dict[int, Group]:
-        join = partial(join_group, self._transport, store, rank=0, deadline=deadline, device=self.device)
+        join = partial(join_group, rank=0, deadline=deadline, device=self.device, label=f"trainer rank {self._rank}")
         own = [lane for lane in plan.lanes if lane.sender == self._rank]
         try:
-            return {lane.index: join(size=1 + len(lane.workers), name=f"lane-{lane.index}") for lane in own}
+            return {
+                lane.index: join(self.transport(lane), store, size=1 + len(lane.workers), name=f"lane-{lane.index}")
+                for lane in own
+            }
         except dist.DistNetworkError:
             raise RollcastError("trainer rank 0 gave up before all had joined the weight groups") from None
 
@@ -184,13 +198,27 @@ class Lanes:
         size = self._config.tensor_parallel_size
         requests: list[Future[Any]] = []
         for engine in range(self._pool.engines):
-            lanes = [(worker, plan.lane_of(worker)) for worker in range(engine * size, (engine + 1) * size)]
-            assignments = [
-                Assignment(lane.index, 1 + lane.workers.index(worker), 1 + len(lane.workers), lane.sender, lane.digest)
-                for worker, lane in lanes
-            ]
-            request = JoinGroup(
-                self._transport, address, assignments, list(plan.walk), self._config.bucket_bytes, deadline.left_s()
-            )
+            workers = range(engine * size, (engine + 1) * size)
+            assignments = [self._assignment(plan.lane_of(worker), worker) for worker in workers]
+            request = JoinGroup(address, assignments, list(plan.walk), self._config.bucket_bytes, deadline.left_s())
             requests.append(self._pool.request(engine, request))
         return requests
+
+    def _assignment(self, lane: Lane, worker: int) -> Assignment:
+        engine, rank = divmod(worker, self._config.tensor_parallel_size)
+        place = lane.workers.index(worker) + 1, len(lane.workers) + 1
+        label = f"worker {rank} of engine {engine}"
+        return Assignment(lane.index, *place, lane.sender, lane.digest, self.transport(lane), label)
+
+    def transport(self, lane: Lane) -> str:
+        """How the lane's bytes travel: as configured, or as its GPUs are joined."""
+        if self._config.resolved_device() == "cpu":
+            return "gloo"
+        if self._config.transport != "auto":
+            return self._config.transport
+        sender, (worker, *more) = self._cards[lane.sender], lane.workers
+        receiver = self._cards[self._config.trainers + worker]
+        # One reader at a time has all of the sender's links to itself; several share NCCL's ring.
+        near = not more and sender.host == receiver.host
+        joined = sender.gpu == receiver.gpu or sender.links.get(receiver.gpu or "") == "NVLink"
+        return "ipc" if near and joined else "nccl"

@@ -5,8 +5,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import zmq
@@ -29,12 +28,14 @@ from rollcast.rollout.records import (
     Reply,
     Request,
     Sampling,
+    Sleep,
+    WakeUp,
 )
+from rollcast.rollout.replies import collect, expect, named
 from rollcast.rollout.roster import Roster
 
-R = TypeVar("R")
-
 WATCH_S = 0.25
+SLEEP_TAGS = frozenset({"weights", "kv_cache"})
 
 
 class Pool:
@@ -89,6 +90,23 @@ class Pool:
             for index, group in zip(shares[engine], reply.groups, strict=True):
                 groups[index] = group
         return groups
+
+    def sleep(self, level: int = 1) -> None:
+        """Let every engine free its GPU memory: level 1 keeps the weights on the host, 2 drops them. Not collective.
+
+        Ends requests in flight. Needs `engine_args={"enable_sleep_mode": True}` on GPUs. After level 2, wake the
+        weights and sync before you generate.
+        """
+        self.ask_all(Sleep(level))
+
+    def wake_up(self, tags: Sequence[str] = ()) -> None:
+        """Let every engine take memory back: "weights", "kv_cache", or all by default. Not collective.
+
+        To save memory, wake "weights", sync, and wake "kv_cache" when the trainer's memory is free.
+        """
+        if unknown := set(tags) - SLEEP_TAGS:
+            raise ValueError(f"unknown tag {unknown.pop()!r}, expected some of {', '.join(sorted(SLEEP_TAGS))}")
+        self.ask_all(WakeUp(list(tags)))
 
     def describe(self) -> list[Description]:
         """Every engine's process, policy version and state."""
@@ -173,7 +191,7 @@ class Pool:
                 continue
             reply = self._decoder.decode(payload)
             if isinstance(reply, Failed):
-                future.set_exception(EngineError(_named(engine, reply.text)))
+                future.set_exception(EngineError(named(engine, reply.text)))
             else:
                 future.set_result(reply)
 
@@ -202,30 +220,3 @@ class Pool:
             if owner == engine:
                 del self._replies[request_id]
                 future.set_exception(EngineError(text))
-
-
-def collect(futures: "Sequence[Future[Reply]]", *, deadline: Deadline | None = None) -> list[Reply]:
-    """Wait for all answers. Raises one `EngineError` with what every failed engine said."""
-    replies: list[Reply] = []
-    failures: list[str] = []
-    for engine, future in enumerate(futures):
-        try:
-            replies.append(future.result(deadline.left_s() if deadline else None))
-        except EngineError as error:
-            failures.append(str(error))
-        except FutureTimeoutError:
-            assert deadline is not None
-            failures.append(f"engine {engine} did not answer within {deadline.timeout_s:g} s")
-    if failures:
-        raise EngineError("\n".join(failures))
-    return replies
-
-
-def expect(reply: Reply, kind: type[R]) -> R:
-    """The reply, which must be of the given kind."""
-    assert isinstance(reply, kind), reply
-    return reply
-
-
-def _named(engine: int, text: str) -> str:
-    return text if text.startswith(f"engine {engine}") else f"engine {engine}: {text}"

@@ -79,12 +79,14 @@ class Assignment(msgspec.Struct, frozen=True, array_like=True):
     """Trainer rank."""
     digest: str
     """Of the lane's buckets. A worker whose own differ refuses."""
+    transport: str
+    label: str
+    """Who the worker is, for errors."""
 
 
 class JoinGroup(msgspec.Struct, frozen=True, tag=True):
     """Join the lanes' groups with every worker of the engine. Answered by `Done`."""
 
-    transport: str
     address: str
     assignments: list[Assignment]
     """Of each worker."""
@@ -94,18 +96,24 @@ class JoinGroup(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float
 
 
-class Receive(msgspec.Struct, frozen=True, tag=True):
-    """Pause, then receive one sync into the live weights; the engine is torn until `Commit`. Answered by `Received`."""
+class Receive(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Receive one sync in every worker, and serve it at `Commit`. Answered by `Received`."""
 
     version: int
     digests: list[str]
     """Of each worker's lane."""
     first_rank: int
     """Number of the engine's first worker among those of all engines, from 1."""
+    mode: str
+    """"in_place": pause, then receive into the live weights; the engine is torn until `Commit`. "shadow": receive
+    into spare memory while the engine decodes."""
     pause_mode: str
+    prefix_cache: str
     verify: str
     unchanged: bool
     """A self-test: the version stays, and no tensor may change."""
+    alone: bool
+    """No other engine takes part: commit without being told to."""
     timeout_s: float
 
 
@@ -127,7 +135,6 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
     """Every engine has the weights: treat the prefix cache, set the version, resume. Answered by `Done`."""
 
     version: int
-    prefix_cache: str
 
 
 class Abandon(msgspec.Struct, frozen=True, tag=True):
@@ -149,6 +156,18 @@ class Description(msgspec.Struct, frozen=True, tag=True):
     version: int
     torn: str | None
     """Why the engine refuses to generate; None when it serves."""
+
+
+class Sleep(msgspec.Struct, frozen=True, tag=True):
+    """Free the GPU's memory, as vLLM's sleep levels say. Answered by `Done`."""
+
+    level: int
+
+
+class WakeUp(msgspec.Struct, frozen=True, tag=True):
+    """Take memory back: "weights", "kv_cache", or all of it. Answered by `Done`."""
+
+    tags: list[str]
 
 
 class Fingerprint(msgspec.Struct, frozen=True, tag=True):
@@ -185,7 +204,20 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     text: str
 
 
-Request = Generate | Prepare | DescribeLanding | JoinGroup | Receive | Commit | Abandon | Describe | Fingerprint | Call
+Request = (
+    Generate
+    | Prepare
+    | DescribeLanding
+    | JoinGroup
+    | Receive
+    | Commit
+    | Abandon
+    | Describe
+    | Fingerprint
+    | Call
+    | Sleep
+    | WakeUp
+)
 Reply = Generated | Prepared | LandingPlans | Received | Description | Fingerprints | Called | Done | Failed
 
 

@@ -41,6 +41,8 @@ from rollcast.rollout.records import (
     Received,
     Reply,
     Request,
+    Sleep,
+    WakeUp,
 )
 
 PR_SET_PDEATHSIG = 1
@@ -100,11 +102,15 @@ class Service:
             case Receive():
                 return Received(await self._engine.receive(request))
             case Commit():
-                await self._engine.commit(request.version, request.prefix_cache)
+                await self._engine.commit(request.version)
             case Abandon():
                 await self._engine.abandon(request.text)
             case Describe():
                 return Description(self._index, os.getpid(), self._engine.version, self._engine.torn)
+            case Sleep():
+                await self._engine.sleep(request.level)
+            case WakeUp():
+                await self._engine.wake_up(request.tags)
             case Call():
                 return Called(await self._engine.call(request.method, *request.args))
             case Fingerprint():

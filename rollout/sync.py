@@ -1,15 +1,18 @@
 """One sync, from the trainer's call until the engines serve the new version (every trainer rank)."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
 from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightBroadcaster, WeightSource
 from rollcast.comm.agree import Agreement, first_error, unanimous
 from rollcast.comm.report import WorkerReport
-from rollcast.rollout.config import PAUSE_MODES, VERIFY_MODES, RolloutConfig, one_of
+from rollcast.rollout.config import How, RolloutConfig
 from rollcast.rollout.errors import EngineError, SyncError
 from rollcast.rollout.lanes import Lanes
-from rollcast.rollout.pool import Pool, collect, expect
+from rollcast.rollout.pool import Pool
+from rollcast.rollout.preflight import Card
 from rollcast.rollout.records import Abandon, Commit, Receive, Received, Reply
+from rollcast.rollout.replies import collect, expect
 
 # Shares of the sync's timeout. What is left after the wire is for asking the engines what went wrong and for
 # telling the other ranks, so that all of them raise in time.
@@ -39,6 +42,7 @@ class PoolBroadcaster:
         host: str,
         name: str,
         version: int,
+        cards: Sequence[Card] = (),
     ) -> None:
         self._source = source
         self._pool = pool
@@ -48,20 +52,25 @@ class PoolBroadcaster:
         self._host = host
         self._name = name
         self._attempt = 0
-        self._lanes = Lanes(pool, agreement, source.manifest, config=config, rank=rank)
+        self._lanes = Lanes(pool, agreement, source.manifest, config=config, rank=rank, cards=cards)
         self._broadcaster: WeightBroadcaster | None = None
         self.closed = False
         self.version = version
 
-    def sync(self, *, version: int, pause_mode: str | None = None, verify: str | None = None) -> SyncReport:
+    def sync(
+        self, *, version: int, mode: str | None = None, pause_mode: str | None = None, verify: str | None = None
+    ) -> SyncReport:
         """Send the weights as they are now; every engine serves them as `version` when this returns.
 
-        Collective over the trainer ranks, which all get rank 0's report. `version` must grow. `pause_mode` says
-        what happens to requests in flight ("keep", "wait" or "abort"), `verify` how it is made sure that what
-        arrived is what was sent ("none", "checksum" or "full"; see `RolloutConfig`); None: as configured. Raises
-        `ValueError` for bad input, and `SyncError` with the words of whoever failed.
+        Collective over the trainer ranks, which all get rank 0's report. `version` must grow. `mode` says where
+        the weights arrive ("in_place" or "shadow"), `pause_mode` what happens to requests in flight ("keep", "wait"
+        or "abort"), `verify` how it is made sure that what arrived is what was sent ("none", "checksum" or "full");
+        None: as configured, see `RolloutConfig`. Raises `ValueError` for bad input, and `SyncError` with the words
+        of whoever failed.
         """
-        return self._sync(version, pause_mode, verify, unchanged=False)
+        config = self._config
+        how = How(mode or config.sync_mode, pause_mode or config.pause_mode, verify or config.verify)
+        return self._sync(version, how)
 
     def self_test(self) -> SyncReport:
         """Send the weights that the engines already have, with `verify="full"`: not a byte may change.
@@ -70,20 +79,17 @@ class PoolBroadcaster:
         this model, packed and quantised modules included, against vLLM's own load. Collective over the trainer
         ranks; the version stays. Raises `SyncError` naming the tensors that changed.
         """
-        return self._sync(self.version, None, "full", unchanged=True)
+        return self._sync(self.version, How("in_place", self._config.pause_mode, "full", unchanged=True))
 
-    def _sync(self, version: int, pause_mode: str | None, verify: str | None, *, unchanged: bool) -> SyncReport:
+    def _sync(self, version: int, how: How) -> SyncReport:
         # First of all: a rank whose call is refused must stay in step with those whose call is not.
         self._attempt += 1
-        pause_mode = pause_mode or self._config.pause_mode
-        verify = verify or self._config.verify
-        one_of("pause_mode", pause_mode, PAUSE_MODES)
-        one_of("verify", verify, VERIFY_MODES)
+        how.check()
         if self.closed:
             raise RuntimeError("this broadcaster was closed: the job is over, or job.broadcaster() made a newer one")
         timer = PhaseTimer()
         with timer("plan"):
-            self._agree_on_plan(version, verify, unchanged)
+            self._agree_on_plan(version, how)
         timeout_s = self._config.sync_timeout_s
         end, deadline = Deadline(timeout_s), Deadline(timeout_s * WIRE_SHARE)
         receiving: list[Future[Reply]] = []
@@ -92,9 +98,9 @@ class PoolBroadcaster:
         try:
             with timer("plan"):
                 broadcaster = self._open(deadline)
-            failure = self._start_receiving(receiving, version, pause_mode, verify, unchanged, deadline)
-            for again in (False, True)[: 2 if verify == "full" else 1]:
-                sent = self._send(broadcaster, deadline, timer, checksums=verify != "none" and not again)
+            failure = self._start_receiving(receiving, version, how, deadline)
+            for again in (False, True)[: 2 if how.verify == "full" else 1]:
+                sent = self._send(broadcaster, deadline, timer, checksums=how.verify != "none" and not again)
                 failure = failure or sent
             if failure is not None:
                 raise failure
@@ -105,7 +111,7 @@ class PoolBroadcaster:
         with timer("control"):
             self._conclude(version, error, receiving, end)
         self.version = version
-        return self._report(version, timer, workers)
+        return SyncReport.of(version, self._source.manifest.nbytes, timer, workers)
 
     def close(self) -> None:
         """Leave the weight group. Idempotent; `sync` is not possible afterwards."""
@@ -123,10 +129,10 @@ class PoolBroadcaster:
         judge = unanimous if topic == "plan" else first_error
         return self._agreement.decide(f"{self._name}/{self._attempt}/{topic}", word, judge, deadline=deadline)
 
-    def _agree_on_plan(self, version: int, verify: str, unchanged: bool) -> None:
+    def _agree_on_plan(self, version: int, how: How) -> None:
         """All trainer ranks must be about to send the same thing: a rank with another plan would hang the rest."""
         current = self._source.current()
-        what = "self-test" if unchanged else f"verify {verify}"
+        what = "self-test" if how.unchanged else f"{how.mode}, verify {how.verify}"
         word = f"version {version} after {self.version}, {what}, weights {current.digest[:16]}"
         deadline = Deadline(self._config.trainer_timeout_s)
         try:
@@ -139,17 +145,11 @@ class PoolBroadcaster:
             raise ValueError(verdict)
         if difference := self._source.manifest.difference(current):
             raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
-        if version <= self.version and not unchanged:
+        if version <= self.version and not how.unchanged:
             raise ValueError(f"version must grow: {version} after {self.version}")
 
     def _start_receiving(
-        self,
-        receiving: "list[Future[Reply]]",
-        version: int,
-        mode: str,
-        verify: str,
-        unchanged: bool,
-        deadline: Deadline,
+        self, receiving: "list[Future[Reply]]", version: int, how: How, deadline: Deadline
     ) -> Exception | None:
         """Rank 0: make every engine receive. What went wrong, if anything: the ranks must walk their weights first."""
         plan, groups = self._lanes.plan, list(self._lanes.groups.values())
@@ -164,8 +164,19 @@ class PoolBroadcaster:
         size = self._config.tensor_parallel_size
         try:
             for engine in range(self._pool.engines if self._rank == 0 else 0):
-                digests = [plan.lane_of(worker).digest for worker in range(engine * size, (engine + 1) * size)]
-                request = Receive(version, digests, 1 + engine * size, mode, verify, unchanged, deadline.left_s())
+                workers = range(engine * size, (engine + 1) * size)
+                request = Receive(
+                    version=version,
+                    digests=[plan.lane_of(worker).digest for worker in workers],
+                    first_rank=1 + engine * size,
+                    mode=how.mode,
+                    pause_mode=how.pause_mode,
+                    prefix_cache=self._config.prefix_cache,
+                    verify=how.verify,
+                    unchanged=how.unchanged,
+                    alone=self._alone,
+                    timeout_s=deadline.left_s(),
+                )
                 receiving.append(self._pool.request(engine, request))
                 receiving[-1].add_done_callback(leave_if_failed)
         except Exception as error:
@@ -177,7 +188,8 @@ class PoolBroadcaster:
     ) -> Exception | None:
         """Send everything once. A failure is returned: the other ranks may have another walk before them."""
         try:
-            broadcaster.send(self._lanes.groups, deadline=deadline, timer=timer, checksums=checksums)
+            # The agreement has looked at the weights already.
+            broadcaster.send(self._lanes.groups, deadline=deadline, timer=timer, checksums=checksums, looked=True)
         except Exception as error:
             for group in self._lanes.groups.values():
                 group.close()
@@ -188,7 +200,7 @@ class PoolBroadcaster:
         """Agree on the outcome; commit it, or raise the same `SyncError` on every rank."""
         try:
             words = self._decide("sent", self._words(error, receiving), end)
-            if not words:
+            if not words and not self._alone:
                 words = self._decide("committed", self._commit(version, end) if self._rank == 0 else "", end)
         except TimeoutError as late:
             words = str(late)
@@ -212,10 +224,15 @@ class PoolBroadcaster:
         timeout = f" (sync_timeout_s is {self._config.sync_timeout_s:g})" if silent else ""
         return (str(error) or type(error).__name__) + suffix + timeout
 
+    @property
+    def _alone(self) -> bool:
+        """Whether one trainer talks to one engine, whose word is all that a decision would be made of."""
+        return self._pool.engines == 1 and self._config.trainers == 1
+
     def _commit(self, version: int, end: Deadline) -> str:
         deadline = Deadline(max(end.left_s() * (1.0 - WORDS_SHARE), 0.1))
         try:
-            self._pool.ask_all(Commit(version, self._config.prefix_cache), deadline=deadline)
+            self._pool.ask_all(Commit(version), deadline=deadline)
         except EngineError as error:
             return str(error)
         return ""
@@ -230,9 +247,3 @@ class PoolBroadcaster:
             for reply in replies
             for worker in expect(reply, Received).workers
         ]
-
-    def _report(self, version: int, timer: PhaseTimer, workers: list[WorkerReport]) -> SyncReport:
-        apply_s = max((worker.phases_s.get("apply", 0.0) for worker in workers), default=0.0)
-        phases_s = dict.fromkeys(("plan", "gather", "pack", "wire", "control"), 0.0) | timer.phases_s
-        phases_s |= {"apply": apply_s, "total": timer.total_s()}
-        return SyncReport(version, self._source.manifest.nbytes, phases_s, tuple(workers))

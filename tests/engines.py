@@ -74,7 +74,7 @@ class Worker:
         self.memory.events = []
         self.receiver = WeightReceiver(lane, self.memory, device=CPU)
         place: dict[str, Any] = {"rank": its.rank, "size": its.size, "name": f"lane-{its.lane}"}
-        self.group = join_group(request.transport, request.address, deadline=Deadline(request.timeout_s), **place)
+        self.group = join_group(its.transport, request.address, deadline=Deadline(request.timeout_s), **place)
 
     def receive(self, request: Receive) -> dict[str, float]:
         assert self.group is not None
@@ -125,6 +125,8 @@ class Engines:
                 self._all(engine, request, lambda worker: worker.join(request))
             case Receive():
                 phases = self._all(engine, request, lambda worker: worker.receive(request))
+                if request.alone:
+                    self.versions[engine] = request.version
                 return Received([WorkerTimes(request.first_rank + w, its) for w, its in enumerate(phases)])
             case Commit():
                 self.versions[engine] = request.version
@@ -134,11 +136,14 @@ class Engines:
 
     def _all(self, engine: int, request: Request, act: Callable[[Worker], Any]) -> list[Any]:
         def run(worker: Worker) -> Any:
+            joined = worker.group
             try:
                 self.fault(engine, worker.index, request)
                 return act(worker)
             except BaseException:
-                worker.leave()
+                # Not a group that it has joined for a later sync.
+                if worker.group is joined:
+                    worker.leave()
                 raise
 
         futures = [self._threads.submit(run, worker) for worker in self.workers[engine]]

@@ -128,7 +128,7 @@ def test_settings_come_from_the_model(model: str) -> None:
     ("settings", "words"),
     [
         ({"pause_mode": "stop"}, "unknown pause_mode 'stop', expected one of keep, wait, abort"),
-        ({"prefix_cache": "drop"}, "unknown prefix_cache 'drop', expected one of clear, keep"),
+        ({"prefix_cache": "drop"}, "unknown prefix_cache 'drop', expected one of salt, clear, keep"),
         ({"device": "tpu"}, "unknown device 'tpu', expected one of auto, cpu, cuda"),
         ({"dtype": "float31"}, "unknown dtype 'float31', expected one of float32, bfloat16, float16"),
         ({"trainers": 0}, "trainers must be positive, got 0"),

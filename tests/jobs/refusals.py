@@ -7,7 +7,6 @@ import asyncio
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from models import build
 
@@ -22,11 +21,10 @@ async def main() -> None:
     folder, report = sys.argv[1], Path(sys.argv[2])
     engine = Engine.start(launch(folder))
     manifest = WeightSource(build("untied")).manifest.to_bytes()
-    llm: Any = engine._llm
     found = {"lora": await refusal(engine, manifest)}
-    await llm.sleep(level=1)
+    await engine.sleep(1)
     found["asleep"] = await refusal(engine, manifest)
-    await llm.wake_up()
+    await engine.wake_up([])
     found["awake"] = await refusal(engine, manifest)
     report.write_text(json.dumps(found))
     engine.shutdown()

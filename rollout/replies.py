@@ -1,0 +1,39 @@
+"""What engines answer (trainer ranks)."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TypeVar
+
+from rollcast.comm import Deadline
+from rollcast.rollout.errors import EngineError
+from rollcast.rollout.records import Reply
+
+R = TypeVar("R")
+
+
+def collect(futures: "Sequence[Future[Reply]]", *, deadline: Deadline | None = None) -> list[Reply]:
+    """Wait for all answers. Raises one `EngineError` with what every failed engine said."""
+    replies: list[Reply] = []
+    failures: list[str] = []
+    for engine, future in enumerate(futures):
+        try:
+            replies.append(future.result(deadline.left_s() if deadline else None))
+        except EngineError as error:
+            failures.append(str(error))
+        except FutureTimeoutError:
+            assert deadline is not None
+            failures.append(f"engine {engine} did not answer within {deadline.timeout_s:g} s")
+    if failures:
+        raise EngineError("\n".join(failures))
+    return replies
+
+
+def expect(reply: Reply, kind: type[R]) -> R:
+    """The reply, which must be of the given kind."""
+    assert isinstance(reply, kind), reply
+    return reply
+
+
+def named(engine: int, text: str) -> str:
+    return text if text.startswith(f"engine {engine}") else f"engine {engine}: {text}"

@@ -1,0 +1,145 @@
+"""New weights beside the ones that serve: received while the engine decodes, switched to in one pass (worker)."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rollcast.comm import Deadline, Group, Lane, PhaseTimer, WeightReceiver
+from rollcast.comm.copier import FusedCopy
+from rollcast.rollout.live import LiveLanding
+from rollcast.rollout.tape import LandingError
+
+# Of the GPU's memory: what vLLM may still need for itself.
+SPARE_BYTES = 1 << 30
+
+
+class ShadowLanding:
+    """A `Landing` into spare memory. `apply` brings what has arrived into the live landing."""
+
+    def __init__(self, landing: LiveLanding, lane: Lane, *, device: torch.device) -> None:
+        staged = {(message.stage, message.target) for message in lane.messages if message.stage is not None}
+        direct = dict.fromkeys(message.target for message in lane.messages if message.stage is None)
+        self._landing = landing
+        rooms = {key: landing.staging(*key) for key in staged}
+        _make_sure_it_fits(sum(t.nbytes for t in (*map(landing.live, direct), *rooms.values())), device)
+        # Copies, so that what no move writes (padding) stays what it is.
+        self._direct = {target: landing.live(target).clone() for target in direct}
+        self._rooms: dict[int, dict[str, torch.Tensor]] = {
+            stage: {} for bucket in lane.buckets for stage in bucket.finishes
+        }
+        for (stage, target), room in rooms.items():
+            self._rooms[stage][target] = torch.empty_like(room)
+        landing.abandon()
+        self._copy = FusedCopy([landing.live(target) for target in direct], list(self._direct.values()))
+
+    def live(self, target: str) -> torch.Tensor:
+        """See `Landing.live`."""
+        return self._direct[target]
+
+    def staging(self, stage: int, target: str) -> torch.Tensor:
+        """See `Landing.staging`."""
+        return self._rooms[stage][target]
+
+    def begin(self, *, confirming: bool = False) -> None:
+        """See `Landing.begin`. Nothing is processed before `apply`, so there is nothing to confirm but bytes."""
+
+    def finish(self, stage: int) -> None:
+        """See `Landing.finish`."""
+
+    def commit(self) -> None:
+        """See `Landing.commit`."""
+
+    def abandon(self) -> None:
+        """See `Landing.abandon`."""
+
+    def apply(self) -> None:
+        """Write the live parameters, on the current stream. Collective where vLLM's processing is."""
+        self._landing.begin()
+        try:
+            self._copy.run()
+            for stage, rooms in self._rooms.items():
+                for target, room in rooms.items():
+                    self._landing.staging(stage, target).copy_(room)
+                self._landing.finish(stage)
+            self._landing.commit()
+        except BaseException:
+            self._landing.abandon()
+            raise
+
+
+class Shadow:
+    """Receives on a thread and a stream of its own, one sync at a time."""
+
+    def __init__(self, landing: LiveLanding, lane: Lane, *, device: torch.device) -> None:
+        self._landing = ShadowLanding(landing, lane, device=device)
+        self._receiver = WeightReceiver(lane, self._landing, device=device)
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread: threading.Thread | None = None
+        self._arrived = False
+
+    def receive(
+        self, group: Group, *, verify: str, timeout_s: float, report: Callable[[str, dict[str, float]], None]
+    ) -> None:
+        """Start to receive; `report` is called on the thread with (problem or "", seconds by phase) at the end."""
+        if self._thread is not None:
+            # Of a sync that failed: its group is closed, so it ends.
+            self._thread.join(timeout_s)
+        self._arrived = False
+        if self._stream is not None:
+            # The last switch may still read what is now received into.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        arguments = (group, verify, Deadline(timeout_s), report)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="rollcast-shadow", daemon=True)
+        self._thread.start()
+
+    def apply(self) -> None:
+        """Switch to what has arrived."""
+        if not self._arrived:
+            raise RuntimeError("there is nothing complete to switch to")
+        self._arrived = False
+        with torch.no_grad():
+            self._landing.apply()
+
+    def _run(
+        self, group: Group, verify: str, deadline: Deadline, report: Callable[[str, dict[str, float]], None]
+    ) -> None:
+        timer = PhaseTimer()
+        try:
+            with torch.no_grad(), self._aside():
+                self._receiver.receive(group, deadline=deadline, timer=timer, checksums=verify != "none")
+                if verify == "full":
+                    self._receiver.confirm(group, deadline=deadline, timer=timer)
+                if self._stream is not None:
+                    self._stream.synchronize()
+        except Exception as error:
+            group.close()
+            report(str(error) or type(error).__name__, {})
+            return
+        self._arrived = True
+        report("", timer.phases_s | {"total": timer.total_s()})
+
+    @contextlib.contextmanager
+    def _aside(self) -> Any:
+        """This thread's GPU work does not queue behind the decoding."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
+
+
+def _make_sure_it_fits(nbytes: int, device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if nbytes + SPARE_BYTES > free + cached:
+        raise LandingError(
+            f"mode 'shadow' needs {nbytes / 1e9:.1f} GB of spare GPU memory for the new weights, and "
+            f"{(free + cached) / 1e9:.1f} of {total / 1e9:.1f} GB are free: lower gpu_memory_utilization, or sync with "
+            "mode='in_place'"
+        )

@@ -1,0 +1,30 @@
+"""How vLLM is started (engine process)."""
+
+from typing import Any
+
+from rollcast.rollout.records import Launch
+
+
+def start_llm(launch: Launch) -> Any:
+    """An `AsyncLLM` with its processes, its model loaded. Blocks until it is ready."""
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    optional: dict[str, Any] = {} if launch.max_num_seqs is None else {"max_num_seqs": launch.max_num_seqs}
+    args: dict[str, Any] = {
+        "model": launch.model,
+        "dtype": launch.dtype,
+        "max_model_len": launch.max_model_len,
+        "tensor_parallel_size": launch.tensor_parallel_size,
+        "worker_extension_cls": launch.worker_extension_cls,
+        "load_format": launch.load_format,
+        "seed": launch.seed,
+        "enforce_eager": launch.enforce_eager,
+        "gpu_memory_utilization": launch.gpu_memory_utilization,
+        # Prompts arrive as tokens; the trainer owns the tokenizer. vLLM then knows no end-of-sequence token.
+        "skip_tokenizer_init": True,
+        # The policy ratio needs the distribution that was sampled from.
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**args | optional | launch.engine_args))
