@@ -31,7 +31,7 @@ class ShadowLanding:
             stage: {} for bucket in lane.buckets for stage in bucket.finishes
         }
         for (stage, target), room in rooms.items():
-            self._rooms[stage][target] = torch.empty_like(room)
+            self._rooms[stage][target] = room.clone()
         landing.abandon()
         self._copy = FusedCopy([landing.live(target) for target in direct], list(self._direct.values()))
 

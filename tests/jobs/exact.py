@@ -43,7 +43,8 @@ def main() -> None:
         for version in (1, 2):
             perturb(sharded, seed=version)
             perturb(plain, seed=version)
-            sync = broadcaster.sync(version=version, verify=("full", "none")[version - 1])
+            mode, verify = (("in_place", "full"), ("shadow", "none"))[version - 1]
+            sync = broadcaster.sync(version=version, mode=mode, verify=verify)
         greedy = job.pool.generate(PROMPTS, rollcast.Sampling(temperature=0.0, max_tokens=12, ignore_eos=True))
         if job.trainer_rank == 0:
             plain.save_pretrained(save)

@@ -16,6 +16,7 @@ from models import build, perturb
 import rollcast.rollout as rollcast
 
 LENGTH = 900
+WAYS = (("in_place", "keep"), ("in_place", "wait"), ("in_place", "abort"), ("shadow", "keep"))
 PROMPTS = [[5, 6, 7], [9, 8, 3], [4, 4, 4]]
 
 
@@ -29,15 +30,16 @@ def main() -> None:
         model = build("untied")
         broadcaster = job.broadcaster(model)
         with ThreadPoolExecutor(1) as threads:
-            for version, mode in enumerate(("keep", "wait", "abort"), start=1):
-                facts[mode] = in_flight(job, broadcaster, model, threads, version=version, mode=mode)
+            for version, (mode, pause_mode) in enumerate(WAYS, start=1):
+                meeting = in_flight(job, broadcaster, model, threads, version=version, mode=mode, pause_mode=pause_mode)
+                facts[f"{mode} {pause_mode}"] = meeting
         # The prompts of above are in the prefix cache with keys of older weights.
         facts["after"] = [after_switch(job, model, prompt) for prompt in PROMPTS]
         newer = job.broadcaster(model)
         facts["replaced"] = said(lambda: broadcaster.sync(version=9))
-        facts["not newer"] = said(lambda: newer.sync(version=3))
-        facts["unknown mode"] = said(lambda: newer.sync(version=4, pause_mode="never"))
-        facts["newer"] = newer.sync(version=4).version
+        facts["not newer"] = said(lambda: newer.sync(version=4))
+        facts["unknown mode"] = said(lambda: newer.sync(version=5, pause_mode="never"))
+        facts["newer"] = newer.sync(version=5).version
         facts["long prompt"] = said(lambda: job.pool.generate([[1], [2] * 1024], rollcast.Sampling()))
     facts["closed"] = said(lambda: job.pool.generate([[1]], rollcast.Sampling()))
     report.write_text(json.dumps(facts))
@@ -51,6 +53,7 @@ def in_flight(
     *,
     version: int,
     mode: str,
+    pause_mode: str,
 ) -> list[list[Any]]:
     """What becomes of long requests that a sync meets half way."""
     sampling = rollcast.Sampling(max_tokens=LENGTH, ignore_eos=True, n=4)
@@ -58,7 +61,7 @@ def in_flight(
     # They have arrived by then, and are far from done on any machine.
     time.sleep(0.3)
     perturb(model, seed=version)
-    broadcaster.sync(version=version, pause_mode=mode)
+    broadcaster.sync(version=version, mode=mode, pause_mode=pause_mode)
     return [
         [len(sample.token_ids), len(sample.logprobs), sample.finish_reason, sample.versions]
         for group in running.result()
