@@ -204,11 +204,14 @@ class Engine:
         raise EngineError(f"engine {self._index}: vLLM did not clear its prefix cache")
 
     async def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every worker; `EngineError` with the worker's own text if one raises."""
+        """Call a method of every worker; `EngineError` with the workers' own text if any raises."""
         try:
-            return await self._llm.collective_rpc(method, args=args)
+            outcomes = await self._llm.collective_rpc("rollcast_call", args=(method, args))
         except Exception as error:
             raise EngineError(f"engine {self._index}: {VLLM_WRAPPING.sub('', str(error))}") from error
+        if texts := [text for text, _ in outcomes if text is not None]:
+            raise EngineError(f"engine {self._index}: {'; '.join(dict.fromkeys(texts))}")
+        return [result for _, result in outcomes]
 
     async def _sample(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
         from vllm import SamplingParams

@@ -5,6 +5,7 @@ runs, and every attribute must be new to the worker: hence the prefix.
 """
 
 import hashlib
+import logging
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from rollcast.rollout.tape import LandingError
 choose_cpu_layout()
 
 SHOWN = 10
+logger = logging.getLogger(__name__)
 
 
 class RollcastWorker:
@@ -43,6 +45,18 @@ class RollcastWorker:
     rollcast_group: Group | None = None
     rollcast_landing: LiveLanding
     rollcast_receiver: WeightReceiver
+
+    def rollcast_call(self, method: str, args: list[Any]) -> list[Any]:
+        """Call a method by name: [None, its result], or [the text of what it raised, None].
+
+        vLLM must not see a worker raise: it would leave the other workers' replies unread, and take each of them
+        for the reply to the next call.
+        """
+        try:
+            return [None, getattr(self, method)(*args)]
+        except Exception as error:
+            logger.exception("%s failed", method)
+            return [str(error) or type(error).__name__, None]
 
     def rollcast_prepare(self, manifest: bytes) -> str:
         """Compile the landing plan; return its digest. Collective over the engine's workers.
@@ -165,7 +179,7 @@ class RollcastWorker:
     def _rollcast_follow(self) -> None:
         """Find the live tensors again if vLLM has moved any since the last sync."""
         worker: Any = self
-        moved = self.rollcast_landing.moved()
+        moved = self.rollcast_landing.moved(self._rollcast_model())
         if moved is None:
             return
         known = self.rollcast_landing.plan
