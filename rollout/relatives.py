@@ -27,7 +27,7 @@ class Relatives:
             wanted = [_in_place_of(name, relative, target) for name in names]
             if absent := [name for name in wanted if name not in self._sent]:
                 more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
-                return f" (other layers have it: {', '.join(absent[:SHOWN])}{more})"
+                return f", by the look of other layers {', '.join(absent[:SHOWN])}{more}"
         return ""
 
 

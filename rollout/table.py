@@ -130,6 +130,7 @@ def show(found: Overview, console: Console) -> None:
     console.print(summary)
     if facts["staged"]:
         table = Table("kind", "modules", "bytes", "why", title="Not received in place", title_justify="left")
+        table.caption = "why: what vLLM does with loaded weights (staged), or its loader with arriving ones (tape)"
         for row in facts["staged"]:
             table.add_row(row["kind"], str(row["modules"]), size_text(row["bytes"]), row["why"])
         console.print(table)

@@ -61,9 +61,9 @@ def loader_of_layers(live: dict[str, torch.Tensor], weights: dict[str, torch.Ten
 @pytest.mark.parametrize(
     ("without", "words"),
     [
-        (("h.1.w2",), {"model.h.1.w12": r"12 of 24 .* \(other layers have it: h\.1\.w2\)"}),
-        (("h.0.w1", "h.10.w1"), {"model.h.0.w12": r"h\.0\.w1\)", "model.h.10.w12": r"h\.10\.w1\)"}),
-        (("h.1.w1", "h.1.w2"), {"model.h.1.w12": r"24 of 24 .* \(other layers have it: h\.1\.w1, h\.1\.w2\)"}),
+        (("h.1.w2",), {"model.h.1.w12": r"12 of 24 .*, by the look of other layers h\.1\.w2$"}),
+        (("h.0.w1", "h.10.w1"), {"model.h.0.w12": r"h\.0\.w1$", "model.h.10.w12": r"h\.10\.w1$"}),
+        (("h.1.w1", "h.1.w2"), {"model.h.1.w12": r"24 of 24 .* other layers h\.1\.w1, h\.1\.w2$"}),
         (("h.0.w1", "h.1.w1", "h.10.w1"), {f"model.h.{layer}.w12": "what they need$" for layer in (0, 1, 10)}),
     ],
 )
