@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,10 +23,11 @@ os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "ROL
 
 import torch
 import transformers
+from latency_models import with_single_experts
+from machine_card import commit, cpu_card
 from rich.console import Console
 from rich.table import Table
 
-from rollcast.comm import Manifest, ParamSpec
 from rollcast.rollout.compiler import compile_landing
 from rollcast.rollout.layout import choose_cpu_layout
 from rollcast.rollout.live import LiveLanding
@@ -111,24 +111,6 @@ def measure(models: OfflineModels, name: str, folder: Path, repeats: int) -> dic
     }
 
 
-def with_single_experts(manifest: Manifest) -> Manifest:
-    """Names of the checkpoint: transformers holds the experts of a layer as one tensor."""
-    specs: list[ParamSpec] = []
-    for spec in manifest.specs:
-        stem, _, kind = spec.name.rpartition(".")
-        if kind not in ("gate_up_proj", "down_proj") or not stem.endswith("experts"):
-            specs.append(spec)
-            continue
-        experts, rows, columns = spec.shape
-        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
-        specs += [
-            ParamSpec(f"{stem}.{expert}.{part}.weight", (rows // len(parts), columns), spec.dtype)
-            for expert in range(experts)
-            for part in parts
-        ]
-    return Manifest(tuple(specs))
-
-
 def reload_layerwise(model: Any, named: list[tuple[str, torch.Tensor]], config: Any) -> None:
     """What vLLM's own weight transfer does with what it has received."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -161,9 +143,7 @@ def timed(act: Callable[[], Any]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {"cpu": model, "threads": torch.get_num_threads(), "system": platform.platform()}
+    return cpu_card() | {"threads": torch.get_num_threads()}
 
 
 def versions() -> dict[str, str]:
@@ -173,8 +153,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance() -> dict[str, str]:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {"commit": done.stdout.strip() or "unknown", "command": "python benchmarks/landing_cost.py"}
+    return {"commit": commit(), "command": "python benchmarks/landing_cost.py"}
 
 
 def show(rows: list[dict[str, Any]]) -> None:

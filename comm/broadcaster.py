@@ -1,20 +1,23 @@
 """The sending side of a plan (runs on every trainer rank)."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from rollcast.comm.buckets import Message
+from rollcast.comm.buckets import Message, aligned
 from rollcast.comm.checksum import checksum
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.group import Group
-from rollcast.comm.params import WeightSource
 from rollcast.comm.plan import Lane, TransferPlan
 from rollcast.comm.region import Region
 from rollcast.comm.report import PhaseTimer
+from rollcast.comm.source import WeightSource
 from rollcast.comm.window import Window
+
+Formats = Sequence[tuple[torch.dtype, str]]
+NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class WeightBroadcaster:
@@ -23,136 +26,192 @@ class WeightBroadcaster:
         broadcaster = WeightBroadcaster(source, plan, rank=trainer_rank, device=torch.device("cpu"))
         broadcaster.send(groups, deadline=Deadline(60), timer=PhaseTimer())      # groups: {lane index: group}
 
-    Bucket k + 1 is packed while bucket k is on the wire. Buffers are made at the first send and kept.
+    Bucket k + 1 is packed while bucket k is on the wire. Buffers are made at the first send and kept; so are the
+    views of weights that stay where they are, and then no weight costs a line of Python.
     """
 
     def __init__(self, source: WeightSource, plan: TransferPlan, *, rank: int = 0, device: torch.device) -> None:
         self._source = source
         self._plan = plan
-        self._lanes = {
-            lane.index: _LaneSender(lane, device) for lane in plan.lanes if lane.sender == rank and lane.buckets
-        }
+        self._device = device
+        self._own = [lane for lane in plan.lanes if lane.sender == rank and lane.buckets]
+        self._lanes: dict[int, _LaneSender] = {}
+        self._formats: Formats = ()
+        self._bound: tuple[list[torch.Tensor], list[_Load]] | None = None
 
     def send(
-        self, groups: Mapping[int, Group], *, deadline: Deadline, timer: PhaseTimer, checksums: bool = False
+        self,
+        groups: Mapping[int, Group],
+        *,
+        deadline: Deadline,
+        timer: PhaseTimer,
+        checksums: bool = False,
+        looked: bool = False,
     ) -> None:
         """Send every weight once, then their checksums if asked to. Collective over the trainer ranks.
 
-        `groups` has the groups of this rank's lanes, of which it is rank 0. A failure of the wire is raised after
-        the walk: the other trainer ranks gather shards with this one and would wait for it for ever.
+        `groups` has the groups of this rank's lanes, of which it is rank 0. With `looked` the caller has called
+        `source.current()` for this very send. A failure of the wire is raised after the walk: the other trainer
+        ranks gather shards with this one and would wait for it for ever.
         """
-        tensors = _timed(self._source.walk(self._plan.walk), timer)
+        if not looked:
+            self._source.current()
+        self._lay_out()
+        loads = self._loads(timer)
         try:
-            streams = [
-                _LaneStream(sender, groups[index], deadline, timer, checksums=checksums)
-                for index, sender in self._lanes.items()
-            ]
-            for param, tensor in tensors:
-                for stream in streams:
-                    stream.feed(param, tensor)
-            for stream in streams:
-                stream.finish()
+            for lane in self._lanes.values():
+                lane.open(groups[lane.index], deadline, timer, checksums=checksums)
+            for load in loads:
+                self._lanes[load.lane].flush(load)
+            for lane in self._lanes.values():
+                lane.finish()
         except Exception:
-            drain(tensors)
+            drain(loads)
             raise
 
+    def _lay_out(self) -> None:
+        """Plan the buffers, for weights as the trainer has them now."""
+        formats = self._source.formats()
+        if not self._lanes or formats != self._formats:
+            self._lanes = {lane.index: _LaneSender(lane, formats, self._device) for lane in self._own}
+            self._formats, self._bound = formats, None
 
-class _LaneSender:
-    """What is needed of each parameter for one lane, and where it goes."""
+    def _loads(self, timer: PhaseTimer) -> "Iterator[_Load]":
+        """Every bucket of every lane, in the order of the walk, ready to be packed and sent."""
+        steady = self._source.steady()
+        if self._bound is not None and self._bound[0] is steady:
+            yield from self._bound[1]
+            return
+        made: list[_Load] = []
+        for param, tensor in _timed(self._source.walk(self._plan.walk), timer):
+            for lane in self._lanes.values():
+                for load in lane.feed(param, tensor):
+                    if steady is not None:
+                        made.append(load)
+                    yield load
+        self._bound = (steady, made) if steady is not None else None
 
-    def __init__(self, lane: Lane, device: torch.device) -> None:
-        self.buckets = lane.buckets
-        self.device = device
-        self.window = Window(max(bucket.nbytes for bucket in lane.buckets), device=device)
-        self.pieces: dict[int, list[_Piece]] = defaultdict(list)
-        for bucket in lane.buckets:
-            for index, message in enumerate(bucket.messages):
-                offset = message.offset
-                alone = len(message.pieces) == 1
-                for param, source in message.pieces:
-                    end = offset + source.nbytes
-                    movable = alone and source.is_contiguous
-                    self.pieces[param].append(_Piece(index, offset, source, movable, last=end == bucket.nbytes))
-                    offset = end
+
+@dataclass(slots=True)
+class _Load:
+    """One bucket on its way out."""
+
+    lane: int
+    turn: int
+    tensors: list[torch.Tensor]
+    """Of each message: the bytes to send, from where they are or in the bucket's buffer."""
+    rooms: list[torch.Tensor] = field(default_factory=list)
+    parts: list[torch.Tensor] = field(default_factory=list)
+    """What is copied into `rooms`, views of the buffer, before."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
     message: int
     """Index in its bucket."""
-    offset: int
-    """First byte in the bucket's buffer."""
+    room: int | None
+    """First byte in the bucket's buffer. None: sent from where it is, as a message of its own."""
     source: Region
-    movable: bool
-    """Whether it can be sent from where it is, as a message of its own."""
     last: bool
     """Whether it completes its bucket."""
 
 
-class _LaneStream:
-    """One lane in one sync: fills buckets from the parameters as they come."""
+class _LaneSender:
+    """One lane: what it needs of each parameter and where that goes; in a sync, its buckets on the wire."""
 
-    def __init__(
-        self, lane: _LaneSender, group: Group, deadline: Deadline, timer: PhaseTimer, *, checksums: bool
-    ) -> None:
-        self._lane, self._group, self._deadline, self._timer = lane, group, deadline, timer
+    def __init__(self, lane: Lane, formats: Formats, device: torch.device) -> None:
+        self.index = lane.index
+        self._buckets = lane.buckets
+        self._pieces: dict[int, list[_Piece]] = defaultdict(list)
+        self._rooms: list[dict[int, int]] = []
+        used = [self._place(turn, formats, device.type) for turn in range(len(lane.buckets))]
+        self.window = Window(max(used), device=device)
+        self._load: _Load | None = None
+
+    def _place(self, turn: int, formats: Formats, device: str) -> int:
+        """Give every message that cannot be sent from where it is its room in the buffer; return the bytes needed."""
+        used = 0
+        rooms: dict[int, int] = {}
+        messages = self._buckets[turn].messages
+        for index, message in enumerate(messages):
+            if not _is_movable(message, formats, device):
+                rooms[index] = used = aligned(used)
+                used += message.nbytes
+            offset = rooms.get(index)
+            for position, (param, source) in enumerate(message.pieces, start=1):
+                last = (index, position) == (len(messages) - 1, len(message.pieces))
+                self._pieces[param].append(_Piece(index, offset, source, last))
+                offset = offset + source.nbytes if offset is not None else None
+        self._rooms.append(rooms)
+        return used
+
+    def open(self, group: Group, deadline: Deadline, timer: PhaseTimer, *, checksums: bool) -> None:
+        """A sync starts."""
+        self._group, self._deadline, self._timer = group, deadline, timer
         self._sums: list[torch.Tensor] | None = [] if checksums else None
-        self._turn = 0
-        self._unpacked: dict[int, torch.Tensor] = {}
-        self._rooms: list[torch.Tensor] = []
-        self._parts: list[torch.Tensor] = []
-        lane.window.forget()
+        self._turn, self._sent = 0, 0
+        self._load = None
+        self.window.forget()
 
-    def feed(self, param: int, tensor: torch.Tensor) -> None:
-        """Take what the lane needs of a full tensor; send every bucket that is complete by now."""
-        pieces = self._lane.pieces.get(param, ())
+    def feed(self, param: int, tensor: torch.Tensor) -> Iterator[_Load]:
+        """Take what the lane needs of a full tensor; yield every bucket that is complete by now."""
+        pieces = self._pieces.get(param, ())
         if pieces and not tensor.is_contiguous():
             tensor = tensor.contiguous()
         for piece in pieces:
+            load = self._load = self._load or self._begin()
             source = piece.source
-            if piece.movable and (tensor.dtype, tensor.device.type) == (source.dtype, self._lane.device.type):
-                self._unpacked[piece.message] = source.bytes_of(tensor)
+            if piece.room is None:
+                load.tensors[piece.message] = source.bytes_of(tensor)
             else:
-                room = self._lane.window.buffer(self._turn)[piece.offset : piece.offset + source.nbytes]
-                self._rooms.append(room.view(source.dtype).view(source.shape))
+                room = self.window.buffer(load.turn)[piece.room : piece.room + source.nbytes]
+                load.rooms.append(room.view(source.dtype).view(source.shape))
                 offset = tensor.storage_offset() + source.offset
-                self._parts.append(tensor.as_strided(source.shape, source.stride, offset))
+                load.parts.append(tensor.as_strided(source.shape, source.stride, offset))
             if piece.last:
                 # At once: workers that process a stage together may wait for this bucket on another lane.
-                self._flush()
+                self._load = None
+                yield load
+
+    def flush(self, load: _Load) -> None:
+        """Pack the bucket and put it on the wire."""
+        with self._timer("wire"):
+            # The buffer is free once the broadcast that used it last is done.
+            self.window.wait(load.turn, deadline=self._deadline)
+        with self._timer("pack"):
+            if load.rooms:
+                torch._foreach_copy_(load.rooms, load.parts)
+        if self._sums is not None:
+            with self._timer("verify"):
+                self._sums += [checksum(tensor) for tensor in load.tensors]
+        with self._timer("wire"):
+            work = self._group.broadcast(load.tensors, root=0, deadline=self._deadline)
+            self.window.put(load.turn, work, held=load)
+        self._sent += 1
 
     def finish(self) -> None:
         """Wait until everything is there; send the checksums."""
-        assert self._turn == len(self._lane.buckets)
+        assert self._sent == len(self._buckets)
         with self._timer("wire"):
-            self._lane.window.drain(deadline=self._deadline)
+            self.window.drain(deadline=self._deadline)
             if self._sums:
                 sums = torch.stack(self._sums).view(torch.uint8)
                 self._group.broadcast([sums], root=0, deadline=self._deadline).wait(self._deadline)
 
-    def _flush(self) -> None:
-        """Pack the bucket and put it on the wire."""
-        bucket, window = self._lane.buckets[self._turn], self._lane.window
-        with self._timer("wire"):
-            # The buffer is free once the broadcast that used it last is done.
-            window.wait(self._turn, deadline=self._deadline)
-        with self._timer("pack"):
-            if self._rooms:
-                torch._foreach_copy_(self._rooms, self._parts)
-        tensors = [self._wire(index, message) for index, message in enumerate(bucket.messages)]
-        if self._sums is not None:
-            with self._timer("verify"):
-                self._sums += [checksum(tensor) for tensor in tensors]
-        with self._timer("wire"):
-            work = self._group.broadcast(tensors, root=0, deadline=self._deadline)
-            window.put(self._turn, work, held=tensors)
-        self._turn += 1
-        self._unpacked, self._rooms, self._parts = {}, [], []
+    def _begin(self) -> _Load:
+        """The next bucket, with the views of its buffer that will be sent."""
+        turn, self._turn = self._turn, self._turn + 1
+        tensors = [NOTHING] * len(self._buckets[turn].messages)
+        for index, room in self._rooms[turn].items():
+            message = self._buckets[turn].messages[index]
+            tensors[index] = self.window.buffer(turn)[room : room + message.nbytes]
+        return _Load(self.index, turn, tensors)
 
-    def _wire(self, index: int, message: Message) -> torch.Tensor:
-        if index in self._unpacked:
-            return self._unpacked[index]
-        return self._lane.window.buffer(self._turn)[message.offset : message.offset + message.nbytes]
+
+def _is_movable(message: Message, formats: Formats, device: str) -> bool:
+    """Whether it can be sent from where the trainer has it."""
+    (param, source), *more = message.pieces
+    return not more and source.is_contiguous and formats[param] == (source.dtype, device)
 
 
 def drain(tensors: Iterator[object]) -> None:

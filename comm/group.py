@@ -15,7 +15,7 @@ from torch import distributed as dist
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.gloo import GlooGroup
 
-TRANSPORTS = ("gloo", "nccl")
+TRANSPORTS = ("gloo", "nccl", "ipc")
 
 
 class Work(Protocol):
@@ -68,24 +68,29 @@ def join_group(
     deadline: Deadline,
     device: torch.device | None = None,
     name: str = "weights",
+    label: str = "",
 ) -> Group:
     """Join the group as `rank` of `size`. Collective; every rank passes the same `transport` and `name`.
 
-    `store` is the hosted store or its address; groups with different names can share one. Raises `TimeoutError`
-    or torch's `DistStoreError` when the peers do not come within the deadline.
+    `store` is the hosted store or its address; groups with different names can share one. `device` is this rank's
+    GPU, and `label` says in errors who it is. Raises `PeerError` for ranks that cannot be joined, `TimeoutError` or
+    torch's `DistStoreError` when the peers do not come within the deadline.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"unknown transport {transport!r}, expected one of {', '.join(TRANSPORTS)}")
     if isinstance(store, str):
         store = connect_store(store, deadline)
     scoped = dist.PrefixStore(name, store)
-    if transport == "nccl":
-        # cupy is only there on CUDA machines.
-        from rollcast.comm.nccl import NcclGroup
-
-        assert device is not None
-        return NcclGroup(scoped, rank=rank, size=size, deadline=deadline, device=device)
-    return GlooGroup(scoped, rank=rank, size=size, deadline=deadline)
+    if transport == "gloo":
+        return GlooGroup(scoped, rank=rank, size=size, deadline=deadline)
+    assert device is not None
+    # cupy is only there on CUDA machines.
+    if transport == "ipc":
+        from rollcast.comm.ipc import IpcGroup as DeviceGroup
+    else:
+        from rollcast.comm.nccl import NcclGroup as DeviceGroup
+    label = label or f"rank {rank} of {name}"
+    return DeviceGroup(scoped, rank=rank, size=size, deadline=deadline, device=device, label=label)
 
 
 def reachable_host(towards: str) -> str:

@@ -1,52 +1,36 @@
 """Broadcasts between GPUs over NCCL, on communicators and streams of our own (both sides; needs cupy)."""
 
 import threading
-import time
 from collections.abc import Sequence
 
 import torch
 from cupy.cuda import nccl  # pyright: ignore[reportMissingImports]  (CUDA machines only)
 from torch import distributed as dist
 
+from rollcast.comm.cuda import EventWork
 from rollcast.comm.deadline import Deadline
-
-POLL_S = 20e-6
-
-
-class NcclWork:
-    """One grouped NCCL broadcast under way."""
-
-    def __init__(self, group: "NcclGroup", done: torch.cuda.Event) -> None:
-        self._group = group
-        self._done = done
-
-    def wait(self, deadline: Deadline) -> None:
-        """See `Work.wait`. The host waits too: only it can tell a slow peer from a lost one."""
-        while not self._done.query():
-            if self._group.closed:
-                raise RuntimeError("the NCCL group was closed while a broadcast was under way")
-            deadline.left("an NCCL broadcast")
-            time.sleep(POLL_S)
-        torch.cuda.current_stream(self._group.device).wait_event(self._done)
+from rollcast.comm.gpus import gpu_uuid
+from rollcast.comm.peers import Peer, check_peers, host_name, meet, nccl_settings
 
 
 class NcclGroup:
     """A `Group` over NCCL. The default process group is not touched."""
 
-    def __init__(self, store: dist.Store, *, rank: int, size: int, deadline: Deadline, device: torch.device) -> None:
+    def __init__(
+        self, store: dist.Store, *, rank: int, size: int, deadline: Deadline, device: torch.device, label: str
+    ) -> None:
         self.rank = rank
         self.size = size
         self.device = device
+        self.closed = False
         self._store = store
+        version = ".".join(map(str, divmod(nccl.get_version() // 100, 100))) + f".{nccl.get_version() % 100}"
+        me = Peer(label, host_name(), gpu_uuid(device), version, nccl_settings())
+        check_peers(meet(store, me, rank=rank, size=size, deadline=deadline))
         self._stream = torch.cuda.Stream(device)
         self._communicator = self._join(deadline)
 
-    @property
-    def closed(self) -> bool:
-        """Whether this rank has left."""
-        return self._communicator is None
-
-    def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> NcclWork:
+    def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> EventWork:
         """See `Group.broadcast`."""
         communicator = self._communicator
         if communicator is None:
@@ -54,18 +38,20 @@ class NcclGroup:
         deadline.left("an NCCL broadcast")
         # The tensors were written (or last read) on the current stream; the broadcast must not overtake that.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        stream, uint8, bcast = self._stream.cuda_stream, nccl.NCCL_UINT8, communicator.bcast
         nccl.groupStart()
         try:
             for tensor in tensors:
-                communicator.bcast(tensor.data_ptr(), tensor.nbytes, nccl.NCCL_UINT8, root, self._stream.cuda_stream)
+                bcast(tensor.data_ptr(), tensor.numel(), uint8, root, stream)
         finally:
             nccl.groupEnd()
         done = torch.cuda.Event()
         done.record(self._stream)
-        return NcclWork(self, done)
+        return EventWork(done, what="an NCCL broadcast", group=self)
 
     def close(self) -> None:
         """See `Group.close`."""
+        self.closed = True
         communicator, self._communicator = self._communicator, None
         if communicator is not None:
             communicator.abort()

@@ -63,6 +63,9 @@ class WeightReceiver:
         self._landing = landing
         self._device = device
         self._buckets = [[_Inbox(message, landing, device) for message in bucket.messages] for bucket in lane.buckets]
+        self._staged = [
+            [index for index, box in enumerate(bucket) if box.message.stage is not None] for bucket in self._buckets
+        ]
         self._window = Window(max((_lay_out(bucket) for bucket in self._buckets), default=0), device=device)
         # Posted tensors and their copies into live parameters are the same at every sync.
         self._bound: dict[int, tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]] = {}
@@ -139,9 +142,9 @@ class WeightReceiver:
         posted, targets, sources = self._bind(turn)
         if targets:
             torch._foreach_copy_(targets, sources)
-        for box, tensor in zip(self._buckets[turn], posted, strict=True):
-            if box.message.stage is not None:
-                box.target().copy_(box.typed(tensor))
+        for index in self._staged[turn]:
+            box = self._buckets[turn][index]
+            box.target().copy_(box.typed(posted[index]))
         for stage in self.lane.buckets[turn].finishes:
             self._landing.finish(stage)
 

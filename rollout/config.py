@@ -38,6 +38,9 @@ class RolloutConfig:
     """Folder of a Hugging Face model: config.json, and weights unless `load_format` is "dummy"."""
     trainers: int = 1
     tensor_parallel_size: int = 1
+    colocate: bool = False
+    """Engines share the trainers' GPUs, rank `trainers + i` that of rank `i`, instead of having their own. Give
+    `gpu_memory_utilization` their share, and let them sleep (`pool.sleep`) while the trainer trains."""
     device: str = "auto"
     """"cpu", "cuda", or "auto": CUDA where torch sees a GPU."""
     dtype: str = "auto"
@@ -65,8 +68,8 @@ class RolloutConfig:
     in memory: twice the time."""
     cpu_weights: str = "packed"
     """Layout of linear weights in CPU engines: "packed" is vLLM's, "plain" the one that CUDA engines have."""
-    bucket_bytes: int = 256 << 20
-    """Bytes of one broadcast, and of each of two buffers on the sender and on every worker."""
+    bucket_bytes: int = 1 << 30
+    """Most bytes of one grouped broadcast. Where weights are cast, strided or processed, two buffers of as much."""
     sync_timeout_s: float = 60.0
     """A sync that takes longer fails, on every trainer rank."""
     trainer_timeout_s: float = 600.0

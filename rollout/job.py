@@ -94,7 +94,9 @@ def join(config: RolloutConfig) -> Iterator[Job]:
     serves, and returns when the trainers are done. Raises `PreflightError` before anything is started if the
     job cannot work, `EngineError` on the trainers if an engine does not start.
     """
-    world = World.from_env(trainers=config.trainers, tensor_parallel_size=config.tensor_parallel_size)
+    world = World.from_env(
+        trainers=config.trainers, tensor_parallel_size=config.tensor_parallel_size, colocate=config.colocate
+    )
     connect = partial(world.store, timeout_s=STORE_TIMEOUT_S, scope=f"join-{next(JOINS)}")
     store = connect()
     preflight(config, world, store)

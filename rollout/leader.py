@@ -134,7 +134,7 @@ def engine_environ(config: RolloutConfig, world: World) -> dict[str, str]:
     environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     environ[layout.VARIABLE] = config.cpu_weights
     if config.resolved_device() == "cuda":
-        first = world.local_rank
+        first = world.gpu_index
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(gpu) for gpu in range(world.local_world_size)]
         environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + world.tensor_parallel_size])

@@ -12,7 +12,9 @@ import msgspec
 import torch
 from torch import distributed as dist
 
+from rollcast.comm import gpus
 from rollcast.comm.group import reachable_host
+from rollcast.comm.peers import PeerError, check_settings, nccl_settings
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import PreflightError
 from rollcast.rollout.world import World
@@ -31,6 +33,13 @@ class Card(msgspec.Struct, frozen=True):
     gpus_visible: int
     address: str = "127.0.0.1"
     """Where other machines reach the rank."""
+    settings: dict[str, str] = msgspec.field(default_factory=dict)
+    """Its `NCCL_*` variables."""
+    free_bytes: int = 0
+    used_bytes: int = 0
+    """Memory of the GPU before anything of this job is on it."""
+    links: dict[str, str] = msgspec.field(default_factory=dict)
+    """How its GPU is joined to the machine's others, by UUID."""
     problem: str = ""
     """Why the rank cannot take part."""
 
@@ -102,23 +111,30 @@ def check_cards(cards: Sequence[Card], world: World, *, device: str) -> None:
                 f"engine {engine} (ranks {_ranks(world.engine_ranks(engine))}) spans the machines "
                 f"{', '.join(sorted(spanned))}: an engine must fit in one; change trainers or ranks per machine"
             )
-    if device == "cpu":
-        return
+    if device == "cuda":
+        _check_gpus(cards, world)
+
+
+def _check_gpus(cards: Sequence[Card], world: World) -> None:
     owner: dict[tuple[str, str], int] = {}
     for rank, card in enumerate(cards):
         here = sum(other.host == card.host for other in cards)
-        if here > card.gpus_visible:
+        if card.gpu is None or (here > card.gpus_visible and not world.colocate):
             raise PreflightError(
-                f"not enough GPUs on {card.host}: {here} ranks, {card.gpus_visible} visible GPUs; "
-                "start one rank per GPU (trainer and engine need one each), or use the CPU build (make PLATFORM=cpu)"
+                f"not enough GPUs on {card.host}: {here} ranks, {card.gpus_visible} visible GPUs; start one rank per "
+                "GPU (trainer and engine need one each), set colocate=True for engines on the trainers' GPUs, or use "
+                "the CPU build (make PLATFORM=cpu)"
             )
-        assert card.gpu is not None
         first = owner.setdefault((card.host, card.gpu), rank)
-        if first != rank:
+        if first != rank and not (world.colocate and first < world.trainers <= rank):
             raise PreflightError(
                 f"ranks {first} and {rank} share GPU {card.gpu} on {card.host}: NCCL cannot join two ranks on one "
                 "GPU; start one rank per GPU and check CUDA_VISIBLE_DEVICES"
             )
+    try:
+        check_settings({f"rank {rank}": card.settings for rank, card in enumerate(cards)})
+    except PeerError as problem:
+        raise PreflightError(str(problem)) from None
 
 
 def examine(config: RolloutConfig, world: World, *, device: str) -> Card:
@@ -136,23 +152,16 @@ def this_card(world: World, *, device: str) -> Card:
     host = socket.gethostname()
     if device == "cpu":
         return Card(host, None, 0, reachable_host(world.master_addr))
-    uuids = visible_gpus()
-    gpu = uuids[world.local_rank] if world.local_rank < len(uuids) else None
-    return Card(host, gpu, len(uuids), reachable_host(world.master_addr))
-
-
-def visible_gpus() -> list[str]:
-    """UUIDs of the GPUs that this process may use, in torch's order. Creates no CUDA context."""
     try:
-        import pynvml
-    except ImportError:
-        raise PreflightError("device 'cuda' needs the package nvidia-ml-py: install rollcast[cuda]") from None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        raise PreflightError(f"not enough GPUs on {socket.gethostname()}: no NVIDIA driver ({error})") from None
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    return select_visible([_text(pynvml.nvmlDeviceGetUUID(h)) for h in handles], os.environ.get("CUDA_VISIBLE_DEVICES"))
+        uuids = select_visible(gpus.visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        gpu = uuids[world.gpu_index] if world.gpu_index < len(uuids) else None
+        state = gpus.gpu_state(gpu) if gpu else None
+        links = {other: gpus.gpu_link(gpu, other) for other in uuids if gpu and other != gpu}
+    except OSError as problem:
+        raise PreflightError(str(problem)) from None
+    free, used = (state.free_bytes, state.used_bytes) if state else (0, 0)
+    address, settings = reachable_host(world.master_addr), nccl_settings()
+    return Card(host, gpu, len(uuids), address, settings, free_bytes=free, used_bytes=used, links=links)
 
 
 def select_visible(uuids: Sequence[str], visible: str | None) -> list[str]:
@@ -179,6 +188,20 @@ def preflight(config: RolloutConfig, world: World, store: dist.Store) -> list[Ca
     return cards
 
 
+def describe(cards: Sequence[Card]) -> list[str]:
+    """One line a rank: what it runs on, for people."""
+    return [f"rank {rank} on {card.host}: {_hardware(card, cards)}" for rank, card in enumerate(cards)]
+
+
+def _hardware(card: Card, cards: Sequence[Card]) -> str:
+    if card.gpu is None:
+        return "CPU"
+    used = {other.gpu for other in cards if other.host == card.host}
+    links = sorted({link for gpu, link in card.links.items() if gpu in used})
+    free, total = card.free_bytes / 1e9, (card.free_bytes + card.used_bytes) / 1e9
+    return ", ".join([card.gpu, f"{free:.0f} of {total:.0f} GB free", *(f"{link} to the others" for link in links)])
+
+
 def versions() -> dict[str, Any]:
     """Versions that matter to a report."""
     return {
@@ -195,7 +218,3 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

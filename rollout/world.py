@@ -28,6 +28,8 @@ class World:
     master_port: int = 0
     agent_store: bool = True
     restart: str = "0"
+    colocate: bool = False
+    """Whether engine ranks use the trainers' GPUs. One machine only."""
 
     def __post_init__(self) -> None:
         rest = self.world_size - self.trainers
@@ -39,9 +41,21 @@ class World:
                 f"{self.trainers} + {self.tensor_parallel_size} x engines ranks, "
                 f"for example --nproc-per-node {self.trainers + engines * self.tensor_parallel_size}"
             )
+        if self.colocate and (rest != self.trainers or self.local_world_size != self.world_size):
+            raise PreflightError(
+                f"colocate=True puts engine rank trainers + i on trainer rank i's GPU: it needs as many engine ranks "
+                f"as trainers ({self.trainers}), got {rest}, all on one machine"
+            )
 
     @classmethod
-    def from_env(cls, *, trainers: int, tensor_parallel_size: int, environ: Mapping[str, str] = os.environ) -> "World":
+    def from_env(
+        cls,
+        *,
+        trainers: int,
+        tensor_parallel_size: int,
+        colocate: bool = False,
+        environ: Mapping[str, str] = os.environ,
+    ) -> "World":
         """Read torchrun's variables. Raises `PreflightError` when the process was not started by torchrun."""
         if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environ]:
             raise PreflightError(f"{missing[0]} is not set: start the job with torchrun")
@@ -56,11 +70,17 @@ class World:
             master_port=int(environ["MASTER_PORT"]),
             agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             restart=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            colocate=colocate,
         )
 
     @property
     def is_trainer(self) -> bool:
         return self.rank < self.trainers
+
+    @property
+    def gpu_index(self) -> int:
+        """This rank's GPU among those that its machine shows it."""
+        return self.local_rank - self.trainers if self.colocate and not self.is_trainer else self.local_rank
 
     @property
     def engines(self) -> int:

@@ -158,6 +158,9 @@ class Sharded(WeightSource):
         self.meeting = meeting
         self.walks = 0
 
+    def steady(self) -> None:
+        """Shards are gathered anew for each sync."""
+
     def walk(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         self.walks += 1
         for item in super().walk(order):

@@ -53,8 +53,8 @@ def test_ten_syncs_bring_new_values_in_the_same_buffers() -> None:
 
 
 def test_phases_are_timed() -> None:
-    sides = Sides(large_source(3))
     for checksums, more in ((False, set()), (True, {"verify"})):
+        sides = Sides(large_source(3))
         with Ranks([0]) as ranks:
             sent = ranks.start(send, sides.broadcaster, ranks.senders, checksums=checksums)
             received = receive(sides.receivers[0], ranks.workers[0], checksums=checksums)

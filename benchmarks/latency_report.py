@@ -1,0 +1,79 @@
+"""Shows what the latency benchmark found: table and Markdown (the command's process)."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+COLUMNS = (
+    "model",
+    "method",
+    "p50 ms",
+    "p95 ms",
+    "max ms",
+    "GB/s",
+    "x raw",
+    "repeats",
+    "decoding stops ms",
+    "extra GB",
+    "note",
+)
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text, in the order of `COLUMNS`."""
+    if "error" in row:
+        return [row["model"], label(row), *[""] * (len(COLUMNS) - 3), row["error"].splitlines()[0].replace("|", "/")]
+    times = [f"{row[key] * 1e3:.2f}" for key in ("p50_s", "p95_s", "max_s")]
+    ratio = "" if row.get("ratio_to_raw") is None else f"{row['ratio_to_raw']:.2f}"
+    stop = f"{row['decode_stop_s'] * 1e3:.1f}" if "decode_stop_s" in row else ""
+    wrong = "" if row.get("correct", True) else "the engine's weights are wrong"
+    measured = [*times, f"{row['gb_per_s']:.1f}", ratio, str(row["repeats"]), stop, extra_gb(row), wrong]
+    return [row["model"], label(row), *measured]
+
+
+def label(row: Row) -> str:
+    """What was measured."""
+    return row["method"] + (f", {row['decoding']} decoding" if "decoding" in row else "")
+
+
+def extra_gb(row: Row) -> str:
+    """Extra memory of engine and trainer."""
+    extra = row.get("peak_extra_bytes")
+    return f"{extra['engine'] / 1e9:.2f} + {extra['trainer'] / 1e9:.2f}" if extra else ""
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print the table."""
+    table = Table(*COLUMNS)
+    for row in document["results"]:
+        table.add_row(*cells(row))
+    Console(file=sys.stdout, width=170).print(table)
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The table in Markdown, with what it was measured on."""
+    machine, versions = document["machine"], document["versions"]
+    gpus = f"{machine['gpu_count']} x {machine['gpus'][0]}, driver {machine['driver']}, " if "gpus" in machine else ""
+    wire = f"NVLink: {'yes' if machine['nvlink'] else 'no'}, " if "gpus" in machine else ""
+    commit = document["commit"].replace(document["commit"][12:40], "")
+    software = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    lines = [
+        f"{gpus}{wire}{machine['cpu']}; {software}; commit {commit}, {document['date']}.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'|'.join('---' if name in ('model', 'method', 'note') else '--:' for name in COLUMNS)}|",
+    ]
+    lines += [f"| {' | '.join(cells(row))} |" for row in document["results"]]
+    return "\n".join([*lines, "", *ceiling_lines(document["ceilings"])])
+
+
+def ceiling_lines(ceilings: dict[str, Any]) -> Iterator[str]:
+    """What the machine can do at best."""
+    if ceilings:
+        wire = ", ".join(f"{row['gb_per_s']:.1f} at {row['bytes'] / 2**20:g} MiB" for row in ceilings["raw_broadcast"])
+        yield f"Raw broadcast of one buffer, GB/s: {wire}."
+        yield f"Copy within one device: {ceilings['device_copy_gb_per_s']:.0f} GB/s (each byte read and written)."

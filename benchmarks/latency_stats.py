@@ -1,0 +1,65 @@
+"""Numbers from repeats, and the rows that they make (trainer, and the command)."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from latency_bench import Sample
+from latency_decode import Stop
+
+Row = dict[str, Any]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Linear between the two nearest of the sorted values."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def summary(samples: Sequence[Sample], nbytes: int) -> Row:
+    """What a row says of the time."""
+    seconds = [sample.seconds for sample in samples]
+    p50 = statistics.median(seconds)
+    return {
+        "p50_s": p50,
+        "p95_s": percentile(seconds, 0.95),
+        "max_s": max(seconds),
+        "min_s": min(seconds),
+        "repeats": len(seconds),
+        "phases_s": medians(sample.phases_s for sample in samples),
+        "gb_per_s": nbytes / 1e9 / p50,
+    }
+
+
+def decode_summary(stops: Sequence[Stop]) -> Row:
+    """What a row says of decoding."""
+    return {
+        "decode_stop_s": statistics.median(stop.stop_s for stop in stops),
+        "decode_stop_max_s": max(stop.stop_s for stop in stops),
+        "decode_gap_s": statistics.median(stop.gap_s for stop in stops),
+        "decode_step_s": statistics.median(stop.step_s for stop in stops),
+        "tokens_per_s": medians(stop.tokens_per_s for stop in stops),
+    }
+
+
+def medians(records: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Median of each key."""
+    gathered: dict[str, list[float]] = {}
+    for record in records:
+        for key, value in record.items():
+            gathered.setdefault(key, []).append(value)
+    return {key: statistics.median(values) for key, values in gathered.items()}
+
+
+def with_ratios(rows: Iterable[Row]) -> list[Row]:
+    """The rows with how many times a raw broadcast of as many bytes each took; None if that was not measured."""
+    rows = list(rows)
+    raw = {row["model"]: row["p50_s"] for row in rows if row["method"] == "raw-broadcast" and "p50_s" in row}
+    return [row if "error" in row else row | {"ratio_to_raw": _ratio(row, raw.get(row["model"]))} for row in rows]
+
+
+def _ratio(row: Row, raw_s: float | None) -> float | None:
+    return None if raw_s is None else row["p50_s"] / raw_s

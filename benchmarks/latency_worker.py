@@ -1,0 +1,111 @@
+"""The worker's side of the latency benchmark (every vLLM worker process, as `worker_extension_cls`)."""
+
+import time
+from typing import Any
+
+import torch
+from latency_memory import peak_bytes, settle
+
+from rollcast.comm import Deadline, Group, join_group
+from rollcast.comm.region import flat_bytes
+from rollcast.rollout.extension import RollcastWorker
+
+
+class BenchWorker(RollcastWorker):
+    """What the peers need in the worker, and what is measured there."""
+
+    bench_group: Group | None = None
+    bench_buffer: torch.Tensor | None = None
+    bench_steps: list[tuple[float, int]]
+
+    def bench_facts(self) -> dict[str, Any]:
+        """Settings that vLLM chose by itself, and how many tokens its KV cache holds."""
+        worker: Any = self
+        config = worker.vllm_config
+        return {
+            "async_scheduling": bool(config.scheduler_config.async_scheduling),
+            "cuda_graphs": str(config.compilation_config.cudagraph_mode),
+            "kv_cache_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+        }
+
+    def bench_join(self, transport: str, address: str, timeout_s: float) -> None:
+        """Join the peers' own group with the trainer, which is rank 0. Collective."""
+        worker: Any = self
+        deadline = Deadline(timeout_s)
+        where: dict[str, Any] = {"device": worker.device, "name": "bench"}
+        self.bench_group = join_group(transport, address, rank=1, size=2, deadline=deadline, **where)
+
+    def bench_leave(self) -> None:
+        """Leave the group. Idempotent."""
+        if self.bench_group is not None:
+            self.bench_group.close()
+        self.bench_group = None
+
+    def bench_receive(self, sizes: list[int], greet: bool, timeout_s: float) -> float:
+        """Receive one broadcast of each size into one buffer; the time when all are there. Collective.
+
+        `greet` first tells the trainer that this side is ready.
+        """
+        worker: Any = self
+        group, deadline = self.bench_group, Deadline(timeout_s)
+        assert group is not None
+        if self.bench_buffer is None or self.bench_buffer.numel() < max(sizes):
+            self.bench_buffer = torch.empty(max(sizes), dtype=torch.uint8, device=worker.device)
+        buffer = self.bench_buffer
+        hello = torch.zeros(1, dtype=torch.uint8, device=worker.device)
+        works = [group.broadcast([hello], root=1, deadline=deadline)] if greet else []
+        works += [group.broadcast([buffer[:size]], root=0, deadline=deadline) for size in sizes]
+        for work in works:
+            work.wait(deadline)
+        return time.perf_counter()
+
+    def bench_load(self, name: str, dtype: str, shape: list[int], timeout_s: float) -> None:
+        """Receive one parameter into a temporary and hand it to vLLM's loader. Collective."""
+        worker: Any = self
+        group, deadline = self.bench_group, Deadline(timeout_s)
+        assert group is not None
+        weight = torch.empty(shape, dtype=getattr(torch, dtype), device=worker.device)
+        group.broadcast([flat_bytes(weight)], root=0, deadline=deadline).wait(deadline)
+        with torch.no_grad(), self._rollcast_settings():
+            worker.model_runner.get_model().load_weights([(name, weight)])
+        if weight.is_cuda:
+            # The answer says that the weight is in place.
+            torch.cuda.synchronize()
+
+    def bench_hashes(self) -> dict[str, int]:
+        """A 64-bit hash of every live tensor, made on its device."""
+        return self._rollcast_hashes()
+
+    def bench_settle(self) -> None:
+        """Free what the last method left behind; start to watch the memory."""
+        self.bench_buffer = None
+        settle()
+
+    def bench_peak(self) -> int:
+        """Most bytes in use on this GPU since `bench_settle`."""
+        return peak_bytes()
+
+    def bench_watch(self) -> None:
+        """Note the time and the number of tokens of every step from now on."""
+        worker: Any = self
+        steps = self.bench_steps = []
+        execute = worker.execute_model
+
+        def noting(scheduled: Any) -> Any:
+            if scheduled.total_num_scheduled_tokens:
+                steps.append((time.perf_counter(), scheduled.total_num_scheduled_tokens))
+            return execute(scheduled)
+
+        # On the instance: every executor looks the method up at every call.
+        worker.execute_model = noting
+
+    def bench_last_steps(self, count: int) -> list[tuple[float, int]]:
+        """The latest steps."""
+        return self.bench_steps[-count:]
+
+    def bench_unwatch(self) -> list[tuple[float, int]]:
+        """Stop; every step that was noted."""
+        worker: Any = self
+        del worker.execute_model
+        return self.bench_steps

@@ -1,0 +1,54 @@
+"""What a benchmark ran on: processor, GPUs, commit (the process that writes the result)."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def cpu_card() -> dict[str, Any]:
+    """Processor and system."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
+
+
+def gpu_card(uuids: list[str]) -> dict[str, Any]:
+    """Names, memory, driver and NVLink of these GPUs. Creates no CUDA context."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
+    links = [_nvlinks(pynvml, handle) for handle in handles]
+    return {
+        "gpus": [_text(pynvml.nvmlDeviceGetName(handle)) for handle in handles],
+        "gpu_count": len(handles),
+        "gpu_memory_bytes": min(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles),
+        "driver": _text(pynvml.nvmlSystemGetDriverVersion()),
+        "nvlink": all(links),
+        "nvlinks_per_gpu": min(links),
+    }
+
+
+def commit() -> str:
+    """Of the sources that ran; says so if they were changed since."""
+    here = Path(__file__).parent
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=here, capture_output=True).returncode == 1
+    return f"{head or 'unknown'}{', changed' if changed else ''}"
+
+
+def _nvlinks(pynvml: Any, handle: Any) -> int:
+    """Number of active NVLink connections of a GPU."""
+    active = 0
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            active += pynvml.nvmlDeviceGetNvLinkState(handle, link)
+        except pynvml.NVMLError:
+            break
+    return active
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,84 @@
+"""CUDA beyond torch: waiting with a deadline, and memory that other processes can map (both sides)."""
+
+import ctypes
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+
+from rollcast.comm.deadline import Deadline
+
+# A wait is noticed to be over late by at most this, or by this share of its length: whoever decodes in the same
+# process needs the interpreter, too.
+POLL_S = 20e-6
+POLL_SHARE = 0.02
+
+# CUpointer_attribute of the driver's API.
+LEGACY_IPC_CAPABLE, RANGE_START, RANGE_SIZE = 10, 11, 12
+# What is smaller shares a block of the driver's with others, and its handle with them.
+BLOCK_BYTES = 2 << 20
+
+
+class Closable(Protocol):
+    """A group that has been left, or not."""
+
+    closed: bool
+
+
+class EventWork:
+    """Copies under way on a stream of ours, until an event."""
+
+    def __init__(self, done: torch.cuda.Event, *, what: str, group: Closable) -> None:
+        self._done = done
+        self._what = what
+        self._group = group
+
+    def wait(self, deadline: Deadline) -> None:
+        """See `Work.wait`. The host waits, with a deadline: only it can tell a slow peer from a lost one."""
+        start = time.perf_counter()
+        while not self._done.query():
+            if self._group.closed:
+                raise RuntimeError(f"the weight group was closed while {self._what} was under way")
+            deadline.left(self._what)
+            time.sleep(max(POLL_S, (time.perf_counter() - start) * POLL_SHARE))
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What one `cudaMalloc` gave."""
+
+    start: int
+    nbytes: int
+    exportable: bool
+    """Whether another process can map it. Memory of torch's expandable segments cannot be mapped this way."""
+
+
+def allocation(address: int) -> Allocation:
+    """The allocation that a device address belongs to."""
+    nbytes = _attribute(RANGE_SIZE, address, ctypes.c_size_t)
+    capable = bool(_attribute(LEGACY_IPC_CAPABLE, address, ctypes.c_int))
+    start = _attribute(RANGE_START, address, ctypes.c_uint64)
+    return Allocation(start, nbytes, capable and nbytes >= BLOCK_BYTES)
+
+
+def exportable_bytes(count: int) -> torch.Tensor:
+    """Flat uint8 memory on the current device, of its own `cudaMalloc`: exportable, whatever torch's allocator does."""
+    import cupy  # pyright: ignore[reportMissingImports]  (CUDA machines only)
+
+    memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(max(count, BLOCK_BYTES)), 0)
+    return torch.as_tensor(cupy.ndarray((count,), dtype=cupy.uint8, memptr=memory), device="cuda")
+
+
+def _attribute(attribute: int, address: int, kind: Any) -> int:
+    value = kind()
+    result = _driver().cuPointerGetAttribute(ctypes.byref(value), attribute, ctypes.c_uint64(address))
+    if result:
+        raise RuntimeError(f"CUDA error {result}: {address:#x} is no device memory of this process")
+    return value.value
+
+
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")

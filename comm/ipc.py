@@ -1,0 +1,217 @@
+"""Broadcasts between processes of one machine that read each other's GPU memory (both sides; needs cupy).
+
+The sender tells where its bytes are, and every receiver copies them with its GPU's copy engines: over NVLink between
+two GPUs, faster than NCCL does; within one GPU, where NCCL cannot join at all.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+
+import msgspec
+import torch
+from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]  (CUDA machines only)
+from torch import distributed as dist
+
+from rollcast.comm.buckets import aligned
+from rollcast.comm.cuda import Allocation, EventWork, allocation, exportable_bytes
+from rollcast.comm.deadline import Deadline
+from rollcast.comm.gpus import gpu_uuid
+from rollcast.comm.peers import Peer, PeerError, host_name, meet
+
+POLL_S = 20e-6
+ACK = b"read"
+MEMCPY_DEFAULT = 4
+
+
+class Offer(msgspec.Struct, frozen=True, array_like=True):
+    """Where the bytes of one broadcast are."""
+
+    handles: list[bytes]
+    """CUDA IPC handles of whole allocations."""
+    parts: list[tuple[int, int, int]]
+    """Of each tensor: index of its allocation's handle, first byte in the allocation, bytes."""
+
+
+class IpcGroup:
+    """A `Group` of one sender, rank 0, and receivers on the same machine."""
+
+    def __init__(
+        self, store: dist.Store, *, rank: int, size: int, deadline: Deadline, device: torch.device, label: str
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self.closed = False
+        me = Peer(label, host_name(), gpu_uuid(device), nccl="")
+        self._peers = meet(store, me, rank=rank, size=size, deadline=deadline)
+        if apart := [peer for peer in self._peers if peer.host != me.host]:
+            raise PeerError(f"{label} and {apart[0].name} are on different machines: set transport to 'nccl'")
+        self._stream = torch.cuda.Stream(device)
+        self._sockets = _listen(store, size, deadline) if rank == 0 else [_call(store, rank, deadline)]
+        # A descriptor of its own: the socket stays ours, to be shut down from any thread.
+        self._lines = [Connection(os.dup(line.fileno())) for line in self._sockets]
+        self._mapped: dict[bytes, int] = {}
+        self._stages: dict[int, torch.Tensor] = {}
+        self._offered = 0
+        self.read = [0] * len(self._lines)
+        """Sender: broadcasts that each receiver has read."""
+
+    def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> "OfferWork | ReadWork":
+        """See `Group.broadcast`. The root is rank 0."""
+        assert root == 0
+        if self.closed:
+            raise RuntimeError("the weight group is closed")
+        deadline.left("a broadcast over CUDA IPC")
+        with torch.cuda.device(self.device):
+            return self._read(tensors, deadline) if self.rank else self._offer(tensors, deadline)
+
+    def close(self) -> None:
+        """See `Group.close`."""
+        self.closed = True
+        for line in self._sockets:
+            # Wakes whoever waits at the other end, and here.
+            try:
+                line.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+
+    def take(self, line: int, *, what: str, deadline: Deadline) -> bytes:
+        """The next message of a peer. Raises `RuntimeError` if it has left."""
+        peer = self._peers[line + 1 if self.rank == 0 else 0].name
+        try:
+            while not self._lines[line].poll(0):
+                if self.closed:
+                    raise RuntimeError(f"the weight group was closed while {what} was under way")
+                deadline.left(f"{what} ({peer})")
+                time.sleep(POLL_S)
+            return self._lines[line].recv_bytes()
+        except (EOFError, OSError):
+            raise RuntimeError(f"{peer} left the weight group while {what} was under way") from None
+
+    def tell(self, line: int, message: bytes) -> None:
+        """Send a message to a peer. Raises `RuntimeError` if it has left."""
+        try:
+            self._lines[line].send_bytes(message)
+        except OSError:
+            peer = self._peers[line + 1 if self.rank == 0 else 0].name
+            raise RuntimeError(f"{peer} left the weight group") from None
+
+    def _offer(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> "OfferWork":
+        offer = _describe(tensors)
+        if offer is None:
+            offer = _describe(self._staged(tensors, deadline))
+            assert offer is not None
+        # Other processes know nothing of this one's streams: what is offered must be there.
+        torch.cuda.current_stream(self.device).synchronize()
+        message = msgspec.msgpack.encode(offer)
+        for line in range(len(self._lines)):
+            self.tell(line, message)
+        self._offered += 1
+        return OfferWork(self, self._offered)
+
+    def _staged(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> list[torch.Tensor]:
+        """Copies in memory that can be mapped, one after the other. Two stages are used in turn."""
+        # The stage is free when the broadcast before the last has been read.
+        OfferWork(self, self._offered - 1).wait(deadline)
+        slot, sizes = self._offered % 2, [aligned(tensor.numel()) for tensor in tensors]
+        if slot not in self._stages or self._stages[slot].numel() < sum(sizes):
+            self._stages[slot] = exportable_bytes(sum(sizes))
+        rooms = self._stages[slot][: sum(sizes)].split(sizes)
+        copies = [room[: tensor.numel()] for room, tensor in zip(rooms, tensors, strict=True)]
+        torch._foreach_copy_(copies, list(tensors))
+        return copies
+
+    def _read(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> "ReadWork":
+        offer = msgspec.msgpack.decode(self.take(0, what="a broadcast over CUDA IPC", deadline=deadline), type=Offer)
+        if [nbytes for _, _, nbytes in offer.parts] != [tensor.numel() for tensor in tensors]:
+            raise RuntimeError("the sender offers other tensors than this side expects")
+        bases = [self._map(handle) for handle in offer.handles]
+        # What is written may be in use by earlier work of the current stream.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        stream, copy = self._stream.cuda_stream, runtime.memcpyAsync
+        for tensor, (handle, offset, nbytes) in zip(tensors, offer.parts, strict=True):
+            copy(tensor.data_ptr(), bases[handle] + offset, nbytes, MEMCPY_DEFAULT, stream)
+        done = torch.cuda.Event()
+        done.record(self._stream)
+        return ReadWork(self, done)
+
+    def _map(self, handle: bytes) -> int:
+        """The address here of an allocation of the sender's."""
+        if handle not in self._mapped:
+            self._mapped[handle] = runtime.ipcOpenMemHandle(handle)
+        return self._mapped[handle]
+
+
+def _describe(tensors: Sequence[torch.Tensor]) -> Offer | None:
+    """Where the tensors are; None if one is in memory that others cannot map."""
+    handles: dict[int, int] = {}
+    found: list[bytes] = []
+    parts: list[tuple[int, int, int]] = []
+    place = Allocation(0, 0, exportable=True)
+    for tensor in tensors:
+        address, nbytes = tensor.data_ptr(), tensor.numel()
+        if not place.start <= address < place.start + place.nbytes:
+            place = allocation(address)
+            if not place.exportable:
+                return None
+            if place.start not in handles:
+                handles[place.start] = len(found)
+                found.append(runtime.ipcGetMemHandle(place.start))
+        parts.append((handles[place.start], address - place.start, nbytes))
+    return Offer(found, parts)
+
+
+def _listen(store: dist.Store, size: int, deadline: Deadline) -> list[socket.socket]:
+    """The sender's lines to its receivers, in the order of their ranks."""
+    with socket.create_server(("127.0.0.1", 0), backlog=size) as server:
+        store.set("line", str(server.getsockname()[1]))
+        lines: dict[int, socket.socket] = {}
+        while len(lines) < size - 1:
+            server.settimeout(deadline.left("the receivers of a lane").total_seconds())
+            line, _ = server.accept()
+            line.settimeout(deadline.left("the receivers of a lane").total_seconds())
+            lines[int.from_bytes(line.recv(4, socket.MSG_WAITALL), "big")] = line
+    for line in lines.values():
+        line.settimeout(None)
+    return [lines[rank] for rank in range(1, size)]
+
+
+def _call(store: dist.Store, rank: int, deadline: Deadline) -> socket.socket:
+    """A receiver's line to the sender."""
+    store.wait(["line"], deadline.left("the sender of a lane"))
+    timeout_s = deadline.left("the sender of a lane").total_seconds()
+    line = socket.create_connection(("127.0.0.1", int(store.get("line"))), timeout_s)
+    line.sendall(rank.to_bytes(4, "big"))
+    line.settimeout(None)
+    return line
+
+
+class OfferWork:
+    """The sender's side of a broadcast: over when every receiver has read it."""
+
+    def __init__(self, group: IpcGroup, number: int) -> None:
+        self._group = group
+        self._number = number
+
+    def wait(self, deadline: Deadline) -> None:
+        """See `Work.wait`."""
+        for line in range(len(self._group.read)):
+            while self._group.read[line] < self._number:
+                self._group.take(line, what="a broadcast over CUDA IPC", deadline=deadline)
+                self._group.read[line] += 1
+
+
+class ReadWork(EventWork):
+    """A receiver's side: over when its copies are, which the sender is told."""
+
+    def __init__(self, group: IpcGroup, done: torch.cuda.Event) -> None:
+        super().__init__(done, what="a broadcast over CUDA IPC", group=group)
+        self._reader = group
+
+    def wait(self, deadline: Deadline) -> None:
+        """See `Work.wait`."""
+        super().wait(deadline)
+        self._reader.tell(0, ACK)

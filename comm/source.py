@@ -1,0 +1,158 @@
+"""The trainer's weights: their specs, and their values in any order (trainer)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from rollcast.comm.params import Manifest, ParamSpec
+
+# Wrappers that add a level to the names of the modules they wrap, and no weight of their own.
+WRAPPER_LEVELS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+
+Weights = nn.Module | Mapping[str, torch.Tensor]
+_dtype = torch.Tensor.dtype.__get__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class WeightSource:
+    """The trainer's weights, in manifest order.
+
+        source = WeightSource(model, dtype=torch.bfloat16)
+        for spec, tensor in source:         # every trainer rank walks it: gathering is collective
+            ...
+
+    Takes an `nn.Module` (plain, DDP, compiled, or sharded with FSDP2) or a state dict of tensors; sharded
+    tensors (`DTensor`) are gathered one at a time. Parameters and persistent buffers are sent; a tensor that
+    has two names (tied weights) is sent once, under the first. `dtype` is the wire dtype of all floating-point
+    tensors (fp32 masters are cast while packing); None sends them as they are.
+    """
+
+    def __init__(self, weights: Weights, *, dtype: torch.dtype | None = None) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        self._weights = weights
+        self._dtype = dtype
+        self._places: _Places | None = None
+        self.manifest = self.current()
+
+    def __iter__(self) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
+        """Yield (spec, full tensor) of every parameter in manifest order; see `walk`. Collective."""
+        for param, tensor in self.walk(range(len(self.manifest.specs))):
+            yield self.manifest.specs[param], tensor
+
+    def walk(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (index, full tensor on the trainer's device, still in the trainer's dtype) in the given order.
+
+        Collective: sharded tensors are gathered one at a time. Raises `ValueError` before the first tensor when
+        the weights no longer match the manifest.
+        """
+        if difference := self.manifest.difference(self.current()):
+            raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
+        tensors = self._tensors
+        for param in order:
+            tensor = tensors[param]
+            yield param, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def current(self) -> Manifest:
+        """The manifest of the weights as they are now. Not collective."""
+        if self._places is None or not self._places.unchanged():
+            named = self._named()
+            self._tensors = list(named.values())
+            self._manifest = Manifest(tuple(self._spec(name, tensor) for name, tensor in named.items()))
+            self._places = _Places.of(self._weights, self._tensors)
+        return self._manifest
+
+    def steady(self) -> list[torch.Tensor] | None:
+        """The tensors of the last `current`, if `walk` yields just those and they stay where they are.
+
+        The same list for as long as they do. None where tensors are gathered, or made anew for each sync.
+        """
+        return self._tensors if self._places is not None else None
+
+    def formats(self) -> list[tuple[torch.dtype, str]]:
+        """Dtype and kind of device of each parameter, as the trainer has it."""
+        return [(tensor.dtype, tensor.device.type) for tensor in self._tensors]
+
+    def _spec(self, name: str, tensor: torch.Tensor) -> ParamSpec:
+        if tensor.is_meta:
+            raise ValueError(f"parameter {name} has no data (it is on the meta device)")
+        # Eight-bit floats are quantised values, whose scales travel beside them.
+        cast = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+        dtype = self._dtype if self._dtype and cast else tensor.dtype
+        return ParamSpec(name, tuple(tensor.shape), dtype)
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        named: dict[str, torch.Tensor] = {}
+        seen: set[object] = set()
+        for name, tensor in _state(self._weights):
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{name} is not a tensor but {type(tensor).__name__}")
+            if (key := _identity(tensor)) not in seen:
+                named[name] = tensor.detach()
+            seen.add(key)
+        return named
+
+
+class _Places:
+    """Where plain weights are kept. Looking whether they still are there takes a tenth of a microsecond for each."""
+
+    def __init__(self, held: list[tuple[dict[str, Any], str, Any]], containers: list[dict[str, Any]]) -> None:
+        self._containers = containers
+        self._sizes = list(map(len, containers))
+        self._dicts = [place for place, _, _ in held]
+        self._keys = [key for _, key, _ in held]
+        self._things = [thing for _, _, thing in held]
+        self._tensors = [thing for thing in self._things if isinstance(thing, torch.Tensor)]
+        self._layouts = self._look()
+
+    @classmethod
+    def of(cls, weights: Weights, tensors: Sequence[torch.Tensor]) -> "_Places | None":
+        """The places of all `tensors`. None if any is sharded, strided or made for the occasion."""
+        if any(isinstance(tensor, DTensor) or not tensor.is_contiguous() for tensor in tensors):
+            return None
+        if isinstance(weights, nn.Module):
+            containers: list[dict[str, Any]] = []
+            for module in weights.modules():
+                if module._state_dict_hooks or module._state_dict_pre_hooks:
+                    return None
+                containers += [module._parameters, module._buffers, module._modules]
+        elif isinstance(weights, dict):
+            containers = [weights]
+        else:
+            return None
+        held = [(place, *item) for place in containers for item in place.items() if item[1] is not None]
+        places = cls(held, containers)
+        kept = set(map(_identity, places._tensors))
+        return places if all(_identity(tensor) in kept for tensor in tensors) else None
+
+    def unchanged(self) -> bool:
+        """Whether the same tensors are in the same places and at the same addresses, and no others beside them."""
+        return (
+            list(map(len, self._containers)) == self._sizes
+            and all(map(is_, map(dict.get, self._dicts, self._keys), self._things))
+            and self._look() == self._layouts
+        )
+
+    def _look(self) -> list[list[Any]]:
+        """What changes when a tensor is given other memory. (A tensor's shape takes ten times as long.)"""
+        questions = (torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous, _dtype)
+        return [list(map(question, self._tensors)) for question in questions]
+
+
+def _state(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(weights, Mapping):
+        yield from weights.items()
+        return
+    module: nn.Module = weights.module if isinstance(weights, nn.parallel.DistributedDataParallel) else weights
+    for name, tensor in module.state_dict().items():
+        yield ".".join(level for level in name.split(".") if level not in WRAPPER_LEVELS), tensor
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    """Equal for two names of one tensor. The memory's identity, not its address: empty shards have no address."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    place = local.storage_offset(), tuple(local.shape), tuple(local.stride())
+    return local.untyped_storage()._cdata, place, tuple(tensor.shape), tensor.dtype
