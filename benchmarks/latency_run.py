@@ -19,7 +19,8 @@ from latency_stats import Row
 from machine_card import cpu_card, gpu_card
 from torch.cuda.nccl import version as nccl_version
 
-from rollcast.rollout.preflight import installed_vllm, visible_gpus
+from rollcast.comm.gpus import visible_gpus
+from rollcast.rollout.preflight import installed_vllm
 
 HERE = Path(__file__).parent
 RANKS = 2
