@@ -9,6 +9,7 @@ from latency_memory import peak_bytes, settle
 from rollcast.comm import Deadline, Group, join_group
 from rollcast.comm.region import flat_bytes
 from rollcast.rollout.extension import RollcastWorker
+from rollcast.rollout.hashes import hashes
 
 
 class BenchWorker(RollcastWorker):
@@ -75,7 +76,7 @@ class BenchWorker(RollcastWorker):
 
     def bench_hashes(self) -> dict[str, int]:
         """A 64-bit hash of every live tensor, made on its device."""
-        return self._rollcast_hashes()
+        return hashes(self._rollcast_model())
 
     def bench_settle(self) -> None:
         """Free what the last method left behind; start to watch the memory."""

@@ -14,6 +14,8 @@ from rollcast.comm.deadline import Deadline
 # process needs the interpreter, too.
 POLL_S = 20e-6
 POLL_SHARE = 0.02
+# How often a wait that has become long asks whether it is in vain.
+ASK_S = 0.25
 
 # CUpointer_attribute of the driver's API.
 LEGACY_IPC_CAPABLE, RANGE_START, RANGE_SIZE = 10, 11, 12
@@ -21,26 +23,35 @@ LEGACY_IPC_CAPABLE, RANGE_START, RANGE_SIZE = 10, 11, 12
 BLOCK_BYTES = 2 << 20
 
 
-class Closable(Protocol):
-    """A group that has been left, or not."""
+class Leavable(Protocol):
+    """A group that ranks can leave."""
 
     closed: bool
+    """Whether this rank has."""
+
+    def left_by(self) -> str | None:
+        """Another rank that has left, if any."""
+        ...
 
 
 class EventWork:
     """Copies under way on a stream of ours, until an event."""
 
-    def __init__(self, done: torch.cuda.Event, *, what: str, group: Closable) -> None:
+    def __init__(self, done: torch.cuda.Event, *, what: str, group: Leavable) -> None:
         self._done = done
         self._what = what
         self._group = group
 
     def wait(self, deadline: Deadline) -> None:
         """See `Work.wait`. The host waits, with a deadline: only it can tell a slow peer from a lost one."""
-        start = time.perf_counter()
+        start = asked = time.perf_counter()
         while not self._done.query():
             if self._group.closed:
                 raise RuntimeError(f"the weight group was closed while {self._what} was under way")
+            if time.perf_counter() - asked > ASK_S:
+                if peer := self._group.left_by():
+                    raise RuntimeError(f"{peer} left the weight group while {self._what} was under way")
+                asked = time.perf_counter()
             deadline.left(self._what)
             time.sleep(max(POLL_S, (time.perf_counter() - start) * POLL_SHARE))
 

@@ -78,6 +78,9 @@ class IpcGroup:
             except OSError:
                 continue
 
+    def left_by(self) -> None:
+        """The sender is heard of through its line."""
+
     def take(self, line: int, *, what: str, deadline: Deadline) -> bytes:
         """The next message of a peer. Raises `RuntimeError` if it has left."""
         peer = self._peers[line + 1 if self.rank == 0 else 0].name

@@ -1,5 +1,6 @@
 """Broadcasts between GPUs over NCCL, on communicators and streams of our own (both sides; needs cupy)."""
 
+import contextlib
 import threading
 from collections.abc import Sequence
 
@@ -11,6 +12,9 @@ from rollcast.comm.cuda import EventWork
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.gpus import gpu_uuid
 from rollcast.comm.peers import Peer, check_peers, host_name, meet, nccl_settings
+
+# The store's key for the first rank that leaves.
+LEFT = "left"
 
 
 class NcclGroup:
@@ -25,7 +29,7 @@ class NcclGroup:
         self.closed = False
         self._store = store
         version = ".".join(map(str, divmod(nccl.get_version() // 100, 100))) + f".{nccl.get_version() % 100}"
-        me = Peer(label, host_name(), gpu_uuid(device), version, nccl_settings())
+        self._me = me = Peer(label, host_name(), gpu_uuid(device), version, nccl_settings())
         check_peers(meet(store, me, rank=rank, size=size, deadline=deadline))
         self._stream = torch.cuda.Stream(device)
         self._communicator = self._join(deadline)
@@ -49,9 +53,16 @@ class NcclGroup:
         done.record(self._stream)
         return EventWork(done, what="an NCCL broadcast", group=self)
 
+    def left_by(self) -> str | None:
+        """The name of a rank that has closed the group. NCCL itself lets the others wait for it."""
+        return self._store.get(LEFT).decode() if self._store.check([LEFT]) else None
+
     def close(self) -> None:
         """See `Group.close`."""
         self.closed = True
+        # Where the store is gone, so is the rank that hosts it.
+        with contextlib.suppress(RuntimeError):
+            self._store.set(LEFT, self._me.name)
         communicator, self._communicator = self._communicator, None
         if communicator is not None:
             communicator.abort()

@@ -32,8 +32,10 @@ def staged_modules(model: nn.Module, formats: LoadFormat) -> dict[str, tuple[str
     modules = dict(model.named_modules())
     for path, tensors in formats.modules.items():
         module = modules[path]
+        if not is_processed(module):
+            continue
         reasons = tuple(_layout_reasons(module, tensors))
-        if is_processed(module) and not _is_known_plain(module):
+        if not _is_known_plain(module):
             make = _make(module, tensors)
             if make not in tried:
                 tried[make] = tuple(dict.fromkeys(_try_processing(module, tensors)))

@@ -233,11 +233,14 @@ class Engine:
         self._llm.shutdown()
 
     async def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every worker; `EngineError` with the worker's own text if one raises."""
+        """Call a method of every worker; `EngineError` with the workers' own text if any raises."""
         try:
-            return await self._llm.collective_rpc(method, args=args)
+            outcomes = await self._llm.collective_rpc("rollcast_call", args=(method, args))
         except Exception as error:
             raise EngineError(_named(self._index, VLLM_WRAPPING.sub("", str(error)))) from error
+        if texts := [text for text, _ in outcomes if text is not None]:
+            raise EngineError(_named(self._index, "; ".join(dict.fromkeys(texts))))
+        return [result for _, result in outcomes]
 
 
 def _named(engine: int, text: str) -> str:

@@ -4,7 +4,7 @@ vLLM adds `RollcastWorker` to the bases of its own worker class, so `self` is th
 runs, and every attribute must be new to the worker: hence the prefix.
 """
 
-import hashlib
+import logging
 from functools import partial
 from typing import Any
 
@@ -19,19 +19,16 @@ from rollcast.comm import (
     Lane,
     Manifest,
     PhaseTimer,
-    VerifyError,
     WeightReceiver,
     join_group,
 )
 from rollcast.comm.buckets import fill_buckets
-from rollcast.comm.checksum import checksum
-from rollcast.comm.region import flat_bytes
 from rollcast.rollout.compiler import compile_landing
+from rollcast.rollout.hashes import fingerprints, hashes, raise_if_changed
 from rollcast.rollout.landing import LandingPlan
 from rollcast.rollout.layout import choose_cpu_layout
 from rollcast.rollout.live import LiveLanding
 from rollcast.rollout.records import Assignment
-from rollcast.rollout.reload import live_tensors, probe
 from rollcast.rollout.shadow import Shadow
 from rollcast.rollout.tape import LandingError
 
@@ -40,6 +37,7 @@ from rollcast.rollout.tape import LandingError
 choose_cpu_layout()
 
 SHOWN = 10
+logger = logging.getLogger(__name__)
 
 
 class RollcastWorker:
@@ -49,6 +47,18 @@ class RollcastWorker:
     rollcast_landing: LiveLanding
     rollcast_receiver: WeightReceiver
     rollcast_shadow: Shadow | None = None
+
+    def rollcast_call(self, method: str, args: list[Any]) -> list[Any]:
+        """Call a method by name: [None, its result], or [the text of what it raised, None].
+
+        vLLM must not see a worker raise: it would leave the other workers' replies unread, and take each of them
+        for the reply to the next call.
+        """
+        try:
+            return [None, getattr(self, method)(*args)]
+        except Exception as error:
+            logger.exception("%s failed", method)
+            return [str(error) or type(error).__name__, None]
 
     def rollcast_prepare(self, manifest: bytes) -> str:
         """Compile the landing plan; return its digest. Collective over the engine's workers.
@@ -105,7 +115,7 @@ class RollcastWorker:
         timer, deadline = PhaseTimer(), Deadline(timeout_s)
         try:
             group = self._rollcast_ready(version, digests)
-            before = self._rollcast_hashes() if unchanged else {}
+            before = hashes(self._rollcast_model()) if unchanged else {}
             with torch.no_grad(), self._rollcast_settings():
                 self.rollcast_receiver.receive(group, deadline=deadline, timer=timer, checksums=verify != "none")
                 if verify == "full":
@@ -114,7 +124,7 @@ class RollcastWorker:
                 # The answer says that the weights are in place, not that they soon will be.
                 torch.cuda.current_stream().synchronize()
             if unchanged:
-                _raise_if_changed(before, self._rollcast_hashes())
+                raise_if_changed(before, hashes(self._rollcast_model()))
         except BaseException:
             self.rollcast_leave()
             raise
@@ -142,7 +152,7 @@ class RollcastWorker:
 
     def rollcast_apply(self) -> None:
         """Switch to the weights that have been received aside. Later GPU work of this worker uses them."""
-        if self.rollcast_shadow is None or self.rollcast_landing.moved() is not None:
+        if self.rollcast_shadow is None or self.rollcast_landing.moved(self._rollcast_model()) is not None:
             raise RuntimeError("the weights were moved while new ones were received: sync again")
         with self._rollcast_settings():
             self.rollcast_shadow.apply()
@@ -155,7 +165,7 @@ class RollcastWorker:
 
     def rollcast_fingerprint(self) -> dict[str, str]:
         """SHA-256 of every live parameter and buffer, by vLLM's name, and of what packed linears compute."""
-        return {name: _sha256(tensor) for name, tensor in self._rollcast_tensors().items()}
+        return fingerprints(self._rollcast_model())
 
     def _rollcast_model(self) -> nn.Module:
         worker: Any = self
@@ -186,7 +196,7 @@ class RollcastWorker:
 
     def _rollcast_follow(self) -> None:
         """Find the live tensors again if vLLM has moved any since the last sync."""
-        moved = self.rollcast_landing.moved()
+        moved = self.rollcast_landing.moved(self._rollcast_model())
         if moved is None:
             return
         known = self.rollcast_landing.plan
@@ -211,31 +221,9 @@ class RollcastWorker:
             raise ValueError(f"version {version} was announced with another plan than the one joined with")
         return self.rollcast_group
 
-    def _rollcast_tensors(self) -> dict[str, torch.Tensor]:
-        model = self._rollcast_model()
-        probes = {f"{path} (computed)": probe(module) for path, module in model.named_modules()}
-        return live_tensors(model) | {name: made for name, made in probes.items() if made is not None}
-
-    def _rollcast_hashes(self) -> dict[str, int]:
-        return {name: int(checksum(flat_bytes(tensor))) for name, tensor in self._rollcast_tensors().items()}
-
-
-def _raise_if_changed(before: dict[str, int], after: dict[str, int]) -> None:
-    changed = [name for name in before if before[name] != after.get(name)]
-    if changed:
-        shown = ", ".join(changed[:SHOWN]) + (", ..." if len(changed) > SHOWN else "")
-        raise VerifyError(
-            f"self-test: {len(changed)} of {len(before)} tensors changed in a sync that should change nothing: "
-            f"{shown}. Either the trainer did not start from the engine's checkpoint, or weights land in wrong places"
-        )
-
 
 def _push(address: str, version: int, rank: int, problem: str, phases_s: dict[str, float]) -> None:
     """Tell the engine process how it went."""
     with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
         socket.connect(address)
         socket.send(msgspec.msgpack.encode([version, rank, problem, phases_s]))
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(flat_bytes(tensor).cpu().numpy().tobytes()).hexdigest()

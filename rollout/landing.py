@@ -17,6 +17,7 @@ import torch
 
 from rollcast.comm import Manifest, Move, Region
 from rollcast.rollout.coverage import coverage
+from rollcast.rollout.relatives import Relatives
 from rollcast.rollout.tape import Op, Ref, from_plain, to_plain
 
 
@@ -80,11 +81,12 @@ class LandingPlan:
         """Problems, each naming a parameter: elements not written exactly once, and what cannot be expressed."""
         written, filled = self._writes()
         problems = list(self.refused)
+        relatives = Relatives(self.moves, self.manifest)
         for target in self.targets:
             if not target.loadable and not written[target.name]:
                 continue
             if problem := coverage(target.whole, written[target.name], filled[target.name]):
-                problems.append(f"{target.name}: {problem}")
+                problems.append(f"{target.name}: {problem}{relatives.left_out(target.name)}")
         return problems + list(dict.fromkeys(self._unfit()))
 
     @property

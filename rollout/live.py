@@ -1,8 +1,7 @@
 """A landing plan bound to a live model: carries it out at every sync (worker)."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,13 +16,14 @@ from rollcast.rollout.tape import carry_out
 class LiveLanding:
     """A `Landing` into the parameters of a vLLM model.
 
-    Live tensors are found once. `moved()` says whether they still are where they were.
+    Live tensors are found once. `moved(model)` says whether they still are where they were.
     """
 
     def __init__(self, plan: LandingPlan, model: nn.Module, *, dtype: torch.dtype) -> None:
         self.plan = plan
         self._live = live_tensors(model)
-        self._places = list(_places(model, {move.target for move in plan.moves}))
+        self._wanted = {move.target for move in plan.moves}
+        self._places = _places(model, self._wanted)
         self._device = next((tensor.device for tensor in self._live.values()), torch.device("cpu"))
         with load_format(model) as formats:
             modules = formats.modules
@@ -37,12 +37,10 @@ class LiveLanding:
         self._dtype = dtype
         self._filled = False
 
-    def moved(self) -> str | None:
-        """The first tensor that is no longer the one that was found, or no longer where it was."""
-        for name, place, key, tensor, address in self._places:
-            if place.get(key) is not tensor or tensor.data_ptr() != address:
-                return name
-        return None
+    def moved(self, model: nn.Module) -> str | None:
+        """The first tensor of the model, as it is now, that is not the one that was found, or not where it was."""
+        now = _places(model, self._wanted)
+        return next((name for name in now | self._places if now.get(name) != self._places.get(name)), None)
 
     def live(self, target: str) -> torch.Tensor:
         """See `Landing.live`."""
@@ -125,12 +123,8 @@ class LocalTransfer:
             self._landing.commit()
 
 
-def _places(model: nn.Module, wanted: set[str]) -> Iterator[tuple[str, dict[str, Any], str, torch.Tensor, int]]:
-    """Of every parameter, and every wanted buffer: name, where the model keeps it, key there, tensor, address."""
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        held: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for place in held:
-            for key, tensor in place.items():
-                if tensor is not None and (place is module._parameters or prefix + key in wanted):
-                    yield prefix + key, place, key, tensor, tensor.data_ptr()
+def _places(model: nn.Module, wanted: set[str]) -> dict[str, tuple[int, int]]:
+    """By name, of every parameter and every wanted buffer: which object it is, and the address of its data."""
+    buffers = {name: tensor for name, tensor in model.named_buffers() if name in wanted}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | buffers
+    return {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors.items()}

@@ -4,6 +4,7 @@ Used to print a landing plan, and to compare landings with fresh loads. One per 
 is global.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,16 +47,18 @@ class OfflineModels:
         config = EngineArgs(model=str(folder), **settings).create_engine_config()
         # Afterwards: vLLM would look for as many devices.
         config.parallel_config.tensor_parallel_size = size
+        config.model_config.verify_with_parallel_config(config.parallel_config)
         return config
 
     def build(self, folder: str | Path, *, rank: int = 0, size: int = 1) -> Any:
-        """The model before anything is loaded. Its parameters are on meta; what else it has, is there."""
-        from vllm.model_executor.model_loader.utils import initialize_model
+        """The model before anything is loaded. Its parameters are on meta; what else it has, is there.
 
+        Raises `PreflightError` if vLLM cannot split it among `size` workers.
+        """
         config = self.config(folder, size=size)
         # On the host, where untouched memory takes none: on meta, models that compute tables would fail.
         with self._as_rank(rank, size, config), _default_dtype(config.model_config.dtype), torch.device("cpu"):
-            model = initialize_model(vllm_config=config)
+            model = _initialize(config, f"{folder} as worker {rank} of {size}")
         forget_values(model)
         return model
 
@@ -92,24 +95,56 @@ class OfflineModels:
                 group.rank_in_group, group.world_size, group.ranks = before
 
 
+def _initialize(config: Any, what: str) -> Any:
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    try:
+        return initialize_model(vllm_config=config)
+    except Exception as error:
+        why = str(error) or f"{type(error).__name__} without a message"
+        raise PreflightError(f"vLLM cannot build {what}: {why}") from error
+
+
+def missing_architecture(folder: str | Path) -> dict[str, Any]:
+    """Settings for a config.json that names no architecture, which vLLM would take for no language model."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    known: Any = transformers.AutoModelForCausalLM._model_mapping
+    if config.architectures or type(config) not in known:
+        return {}
+    return {"hf_overrides": {"architectures": [known[type(config)].__name__]}}
+
+
 def checkpoint_manifest(folder: str | Path, *, dtype: torch.dtype | None = None) -> Manifest:
     """What a trainer of this folder's model would send: from the weight files, or from the configuration alone."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = _weight_files(Path(folder))
     specs = _specs_of_files(files) if files else _specs_of_config(folder)
     return Manifest(
         tuple(ParamSpec(name, shape, dtype if dtype and its.is_floating_point else its) for name, shape, its in specs)
     )
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """Those of the index, if there is one: a folder may hold the weights twice."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
 def _specs_of_files(files: list[Path]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     specs: list[tuple[str, tuple[int, ...], torch.dtype]] = []
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (no mapping)
-                part = tensors.get_slice(name)
-                specs.append((name, tuple(part.get_shape()), _DTYPES[part.get_dtype()]))
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (no mapping)
+                    part = tensors.get_slice(name)
+                    specs.append((name, tuple(part.get_shape()), _DTYPES[part.get_dtype()]))
+        except (OSError, SafetensorError) as error:
+            raise PreflightError(f"{file} cannot be read: {error}") from error
     return specs
 
 

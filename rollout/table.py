@@ -29,7 +29,9 @@ class Overview:
     """The plans of all workers of one engine."""
 
     manifest: Manifest
+    workers: int
     plans: list[LandingPlan]
+    """Of the workers whose loaders could be followed."""
     transfer: TransferPlan | None
     problems: list[str]
 
@@ -57,7 +59,7 @@ class Overview:
         return {
             "parameters": len(self.manifest.specs),
             "checkpoint_bytes": self.manifest.nbytes,
-            "workers": len(self.plans),
+            "workers": self.workers,
             "moves": len(moves),
             "zero_copy_bytes": sum(move.nbytes for move in moves if move.in_place),
             "staged_bytes": sum(move.nbytes for move in moves if move.stage is not None),
@@ -85,11 +87,11 @@ def overview(folder: str, *, size: int, dtype: str, bucket_bytes: int, expert_pa
     import torch
 
     from rollcast.rollout.compiler import compile_landing
-    from rollcast.rollout.offline import OfflineModels, checkpoint_manifest
+    from rollcast.rollout.offline import OfflineModels, checkpoint_manifest, missing_architecture
     from rollcast.rollout.tape import LandingError
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    settings: dict[str, Any] = {"enable_expert_parallel": True} if expert_parallel else {}
+    settings = missing_architecture(folder) | ({"enable_expert_parallel": True} if expert_parallel else {})
     models = OfflineModels(folder, dtype=dtype, load_format="dummy", **settings)
     manifest = checkpoint_manifest(folder, dtype=torch_dtype)
     plans: list[LandingPlan] = []
@@ -109,7 +111,7 @@ def overview(folder: str, *, size: int, dtype: str, bucket_bytes: int, expert_pa
             transfer = build_transfer(manifest, landings, [plan.digest for plan in plans], bucket_bytes=bucket_bytes)
         except ValueError as error:
             problems.append(str(error))
-    return Overview(manifest, plans, transfer, list(dict.fromkeys(problems)))
+    return Overview(manifest, size, plans, transfer, list(dict.fromkeys(problems)))
 
 
 def show(found: Overview, console: Console) -> None:
@@ -128,6 +130,7 @@ def show(found: Overview, console: Console) -> None:
     console.print(summary)
     if facts["staged"]:
         table = Table("kind", "modules", "bytes", "why", title="Not received in place", title_justify="left")
+        table.caption = "why: what vLLM does with loaded weights (staged), or its loader with arriving ones (tape)"
         for row in facts["staged"]:
             table.add_row(row["kind"], str(row["modules"]), size_text(row["bytes"]), row["why"])
         console.print(table)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,32 @@ def test_check_names_what_does_not_fit(loader: Loader, sent: str, words: list[st
     problems = Toy(loader, dict.fromkeys(sent, (3, 4)), BOTH).compile().check()
     assert len(problems) == len(words)
     assert all(re.match(start, problem) for problem, start in zip(problems, words, strict=True)), problems
+
+
+def loader_of_layers(live: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+    """Weights `h.3.w1` and `h.3.w2` are the halves of parameter `model.h.3.w12`."""
+    for name, weight in weights.items():
+        layer, _, half = name.rpartition(".")
+        target = live[f"model.{layer}.w12"]
+        (target[:3] if half == "w1" else target[3:]).copy_(weight)
+
+
+@pytest.mark.parametrize(
+    ("without", "words"),
+    [
+        (("h.1.w2",), {"model.h.1.w12": r"12 of 24 .*, by the look of other layers h\.1\.w2$"}),
+        (("h.0.w1", "h.10.w1"), {"model.h.0.w12": r"h\.0\.w1$", "model.h.10.w12": r"h\.10\.w1$"}),
+        (("h.1.w1", "h.1.w2"), {"model.h.1.w12": r"24 of 24 .* other layers h\.1\.w1, h\.1\.w2$"}),
+        (("h.0.w1", "h.1.w1", "h.10.w1"), {f"model.h.{layer}.w12": "what they need$" for layer in (0, 1, 10)}),
+    ],
+)
+def test_what_the_trainer_leaves_out_is_named_after_other_layers(without: tuple[str, ...], words: Any) -> None:
+    sent = {f"h.{layer}.{half}": (3, 4) for layer in (0, 1, 10) for half in ("w1", "w2")}
+    targets = {f"model.h.{layer}.w12": (6, 4) for layer in (0, 1, 10)}
+    kept = {name: shape for name, shape in sent.items() if name not in without}
+    problems = dict(problem.split(": ", 1) for problem in Toy(whole(loader_of_layers), kept, targets).compile().check())
+    assert problems.keys() == words.keys()
+    assert all(re.search(words[name], problem) for name, problem in problems.items()), problems
 
 
 def test_what_the_compiler_refuses_comes_first() -> None:

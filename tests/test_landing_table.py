@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from architectures import build
 
+from rollcast.rollout.offline import checkpoint_manifest
 from rollcast.rollout.table import main, size_text
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -48,7 +49,10 @@ def test_two_workers_get_their_experts(folder: Path) -> None:
 
 
 def test_a_configuration_is_enough_and_tables_are_for_people(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    # As a configuration saves itself: only models know their architecture.
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     done = run("--model", tmp_path)
     assert done.returncode == 0, done.stderr
     for text in ("Landing plan", "zero-copy", "Not received in place", "Lanes", "no problems"):
@@ -65,6 +69,31 @@ def test_problems_are_listed_by_name(folder: Path, tmp_path: Path) -> None:
     plan = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 1
     assert any(problem.startswith("model.layers.2.") for problem in plan["problems"])
+
+
+@pytest.mark.parametrize(
+    ("workers", "most_bytes", "words"),
+    [(3, None, "must be divisible by tensor parallel size (3)"), (2, 5000, "model.safetensors cannot be read")],
+)
+def test_what_cannot_be_planned_is_told(
+    folder: Path, tmp_path: Path, workers: int, most_bytes: int | None, words: str
+) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:most_bytes])
+    done = run("--model", tmp_path, "--tensor-parallel-size", workers)
+    assert done.returncode == 2
+    assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_only_the_files_of_the_index_count(tmp_path: Path) -> None:
+    build("llama", seed=0).save_pretrained(tmp_path, max_shard_size="100kB")
+    expected = checkpoint_manifest(tmp_path)
+    (part, *_) = tmp_path.glob("model-*.safetensors")
+    (tmp_path / "consolidated.safetensors").write_bytes(part.read_bytes())
+    assert checkpoint_manifest(tmp_path) == expected
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match="is listed twice"):
+        checkpoint_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,16 @@ def test_lora_and_sleep_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_expert_load_balancing_is_refused_by_name() -> None:
+    from vllm.config import ParallelConfig
+
     from rollcast.rollout.extension import RollcastWorker
     from rollcast.rollout.tape import LandingError
 
     worker: Any = RollcastWorker()
-    parallel = SimpleNamespace(enable_eplb=True)
+    parallel = ParallelConfig()
+    assert parallel.enable_eplb is False
+    # Afterwards: vLLM itself refuses it where there is no GPU.
+    parallel.enable_eplb = True
     worker.vllm_config = SimpleNamespace(parallel_config=parallel, lora_config=None)
     with pytest.raises(LandingError, match="enable_eplb"):
         worker.rollcast_prepare(b"")

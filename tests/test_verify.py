@@ -56,6 +56,7 @@ def test_full_verification_finds_what_changed_in_memory(facts: dict[str, Any]) -
 def test_fifty_syncs_leave_nothing_behind(facts: dict[str, Any]) -> None:
     before, after = facts["before"], facts["after"]
     for what in ("python_threads", "threads", "files"):
-        assert after[what] == before[what], what
+        # Fewer is no leak: vLLM may end a thread or close a file of its own meanwhile.
+        assert all(new <= old for old, new in zip(before[what], after[what], strict=True)), (what, before, after)
     for old, new in zip(before["resident"], after["resident"], strict=True):
         assert new - old < 2 * MEGABYTE

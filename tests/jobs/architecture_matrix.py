@@ -118,7 +118,7 @@ def compare_rank(
         "changed_by_compiling": undisturbed,
         "changed_by_same_weights": changed,
         "different": different(expected, snapshot(updated)),
-        "moved": [landing.moved()] if landing.moved() else [],
+        "moved": [moved] if (moved := landing.moved(updated)) else [],
         "lossy": [] if LandingPlan.from_bytes(plan.to_bytes()).digest == plan.digest else ["plan"],
     }
 

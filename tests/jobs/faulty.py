@@ -1,5 +1,6 @@
-"""A worker that fails inside the receive when a file says so."""
+"""A worker that fails inside the receive, or whose weights move before it, when a file says so."""
 
+import copy
 import os
 import time
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rollcast.comm import Deadline, Group
 from rollcast.comm.group import Work
@@ -16,12 +18,13 @@ FAULT = Path(os.environ["FAULT_FILE"])
 
 
 class FaultyWorker(RollcastWorker):
-    """Reads what to do from the file named by FAULT_FILE: "raise", "hang", "flip ..." or nothing."""
+    """Reads what to do from the file named by FAULT_FILE: "raise", "hang", "flip ...", "move ..." or nothing."""
 
     def rollcast_join(self, *arguments: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().rollcast_join(*arguments)
         assert self.rollcast_group is not None
-        self.rollcast_group = FlippingGroup(self.rollcast_group)
+        worker: Any = self
+        self.rollcast_group = FlippingGroup(self.rollcast_group, worker.rank)
 
     def rollcast_receive(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, version: int, *arguments: Any
@@ -38,7 +41,19 @@ class FaultyWorker(RollcastWorker):
         if fault == "flip after the checksum":
             commit = self.rollcast_landing.commit
             self.rollcast_landing.commit = lambda: damage(self, commit)  # type: ignore[method-assign]
+        if fault.startswith("move"):
+            move_weights(self._rollcast_model(), torch.bfloat16 if fault == "move to bfloat16" else torch.float32)
         return super().rollcast_receive(version, *arguments)
+
+
+def move_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """As vLLM might: one parameter gets other memory, one becomes another object, one module becomes another."""
+    layer: Any = model.get_submodule("model.layers.0")
+    layer.post_attention_layernorm.weight.data = torch.zeros_like(layer.post_attention_layernorm.weight)
+    layer.self_attn.q_norm.weight = nn.Parameter(torch.zeros_like(layer.self_attn.q_norm.weight, dtype=dtype))
+    norm: Any = copy.deepcopy(model.get_submodule("model.norm"))
+    norm.weight.data = torch.zeros_like(norm.weight)
+    model.get_submodule("model").norm = norm
 
 
 def damage(worker: RollcastWorker, commit: Any) -> None:
@@ -50,15 +65,16 @@ def damage(worker: RollcastWorker, commit: Any) -> None:
 
 
 class FlippingGroup:
-    """Flips a bit of the first tensor that arrives, once."""
+    """Flips a bit of the first tensor that arrives, once: "flip" in any worker, "flip 1" in that of rank 1."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, worker: int) -> None:
         self.rank, self.size = group.rank, group.size
+        self._faults = ("flip", f"flip {worker}")
         self._group = group
 
     def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> Work:
         work = self._group.broadcast(tensors, root=root, deadline=deadline)
-        if FAULT.read_text() != "flip":
+        if FAULT.read_text() not in self._faults:
             return work
         FAULT.write_text("")
         return FlippingWork(work, tensors[0])

@@ -138,7 +138,7 @@ def lands(live: Any, manifest: Manifest, rounds: Sequence[Any], expected: Any) -
         sent = {name: tensor.clone() for name, tensor in weights.items()}
         landing.bind(list(weights.values())).apply()
         assert not different(sent, weights), "the trainer's weights are changed"
-    facts = {"problems": plan.check(), "different": different(expected, snapshot(live)), "moved": landing.moved()}
+    facts = {"problems": plan.check(), "different": different(expected, snapshot(live)), "moved": landing.moved(live)}
     return row | facts | {"digests": len({plan.digest, again.digest})}
 
 
