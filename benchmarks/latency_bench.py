@@ -45,6 +45,7 @@ class Bench:
         self.device = next(iter(weights.values())).device
         self.nbytes = sum(tensor.nbytes for tensor in weights.values())
         self.version = 0
+        self._job = job
         self._broadcaster = job.broadcaster(weights)
         self._store: Any = None
         self._group: Group | None = None
@@ -55,6 +56,10 @@ class Bench:
         """rollcast's own update."""
         self.version += 1
         return self._broadcaster.sync(version=self.version, **arguments)
+
+    def travel(self, transport: str) -> None:
+        """From now on rollcast's updates go by this transport; the next one joins."""
+        self._broadcaster = self._job.broadcaster(self.weights, transport=transport)
 
     def flip(self) -> None:
         """Change every weight; return when that is done."""

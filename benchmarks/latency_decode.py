@@ -17,6 +17,7 @@ PROMPT_TOKENS = 4
 WINDOW_STEPS = 12
 WINDOW_S = 0.15
 STEADY_STEPS = 16
+SPAN = 3
 START_TIMEOUT_S = 60.0
 POLL_S = 0.05
 
@@ -29,7 +30,8 @@ class Stop:
     """What one update did to decoding."""
 
     gap_s: float
-    """Longest time between the starts of two steps that the update was in between, or under way in."""
+    """Longest time that `SPAN` steps took which the update was in between, or under way in, less the median time of
+    all but one of them. A step's GPU work may be late without the step, which the next ones then make up for."""
     step_s: float
     """Median time between two steps just before."""
     tokens_per_s: dict[str, float]
@@ -98,13 +100,15 @@ def _stop(steps: Sequence[Step], start: float, end: float, window_s: float) -> S
     starts = [at for at, _ in steps]
     pairs = list(pairwise(starts))
     before = [later - at for at, later in pairs if start - window_s <= at and later <= start]
-    around = [later - at for at, later in pairs if later > start and at < end]
+    step_s = statistics.median(before) if before else 0.0
+    spans = zip(starts, starts[SPAN:], strict=False)
+    around = [later - at - (SPAN - 1) * step_s for at, later in spans if later > start and at < end]
     rates = {
         "before": _rate(steps, start - window_s, start),
         "during": _rate(steps, start, end),
         "after": _rate(steps, end, end + window_s),
     }
-    return Stop(max(around, default=0.0), statistics.median(before) if before else 0.0, rates)
+    return Stop(max(around, default=0.0), step_s, rates)
 
 
 def _rate(steps: Sequence[Step], start: float, end: float) -> float:

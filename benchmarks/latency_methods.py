@@ -38,6 +38,19 @@ def rollcast(bench: Bench, *, mode: str | None) -> Iterator[Run]:
 
 
 @contextmanager
+def rollcast_over_nccl(bench: Bench) -> Iterator[Run]:
+    """The same over NCCL, also where the GPUs can read each other's memory."""
+    if bench.device.type != "cuda":
+        raise RuntimeError("NCCL needs CUDA")
+    bench.travel("nccl")
+    try:
+        with rollcast(bench, mode=None) as run:
+            yield run
+    finally:
+        bench.travel("auto")
+
+
+@contextmanager
 def raw(bench: Bench, *, call: bool) -> Iterator[Run]:
     """One broadcast of as many bytes; `call` counts the control call that makes the worker receive."""
     sizes = chunks(bench.nbytes)
@@ -109,6 +122,7 @@ Method = Callable[[Bench], AbstractContextManager[Run]]
 TABLE: dict[str, Method] = {
     "rollcast": partial(rollcast, mode=None),
     "rollcast-shadow": partial(rollcast, mode="shadow"),
+    "rollcast-nccl": rollcast_over_nccl,
     "raw-broadcast": partial(raw, call=False),
     "raw-broadcast-with-call": partial(raw, call=True),
     "rpc-per-tensor": rpc_per_tensor,

@@ -10,6 +10,7 @@ from rollcast.rollout import RolloutConfig
 METHODS = (
     "rollcast",
     "rollcast-shadow",
+    "rollcast-nccl",
     "raw-broadcast",
     "raw-broadcast-with-call",
     "rpc-per-tensor",
@@ -17,7 +18,7 @@ METHODS = (
     "vllm-native-per-tensor",
     "checkpoint-engine",
 )
-DECODING = ("rollcast", "rollcast-shadow")
+DECODING = ("rollcast", "rollcast-shadow", "rollcast-nccl")
 """Methods that are also measured while the engine decodes: those that keep requests whole."""
 
 

@@ -10,9 +10,8 @@ import torch
 
 from rollcast.comm.deadline import Deadline
 
-# A wait is noticed to be over late by at most this, or by this share of its length: whoever decodes in the same
-# process needs the interpreter, too.
-POLL_S = 20e-6
+# The end of a wait is noticed a little late: whoever decodes in the same process needs the interpreter, too.
+POLL_S, LONG_POLL_S = 20e-6, 100e-6
 POLL_SHARE = 0.02
 # How often a wait that has become long asks whether it is in vain.
 ASK_S = 0.25
@@ -53,7 +52,7 @@ class EventWork:
                     raise RuntimeError(f"{peer} left the weight group while {self._what} was under way")
                 asked = time.perf_counter()
             deadline.left(self._what)
-            time.sleep(max(POLL_S, (time.perf_counter() - start) * POLL_SHARE))
+            time.sleep(min(max(POLL_S, (time.perf_counter() - start) * POLL_SHARE), LONG_POLL_S))
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,11 +33,18 @@ def fresh_engine(folder: Path, report: Path, *, tensor_parallel_size: int, cpu_w
 
 
 def synced_facts(
-    name: str, tmp_path: Path, *, trainers: int, engines: int, tensor_parallel_size: int, cpu_weights: str
+    name: str,
+    tmp_path: Path,
+    *,
+    trainers: int,
+    engines: int,
+    tensor_parallel_size: int,
+    cpu_weights: str,
+    transport: str = "auto",
 ) -> dict[str, Any]:
     build(name, seed=0).save_pretrained(tmp_path / "initial")
     places = (tmp_path / "initial", tmp_path / "saved", tmp_path / "facts.json")
-    arguments = (name, *places, trainers, tensor_parallel_size, cpu_weights)
+    arguments = (name, *places, trainers, tensor_parallel_size, cpu_weights, transport)
     ranks = trainers + engines * tensor_parallel_size
     done = run_job(JOBS / "exact.py", *map(str, arguments), ranks=ranks, cwd=tmp_path, timeout_s=500)
     assert done.code == 0, done.output

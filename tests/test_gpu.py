@@ -24,9 +24,10 @@ def run_grpo(tmp_path: Path, *flags: str) -> dict[str, Any]:
     return json.loads(report.read_text())
 
 
-def test_a_synced_engine_equals_a_fresh_one_on_gpus(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["nccl", "ipc"])
+def test_a_synced_engine_equals_a_fresh_one_on_gpus(tmp_path: Path, transport: str) -> None:
     shape: Any = {"tensor_parallel_size": 1, "cpu_weights": "plain"}
-    facts = synced_facts("llama", tmp_path, trainers=1, engines=1, **shape)
+    facts = synced_facts("llama", tmp_path, trainers=1, engines=1, transport=transport, **shape)
     after = fresh_engine(tmp_path / "saved", tmp_path / "after.json", **shape)
     check_equal(facts, after, engines=1)
 

@@ -1,6 +1,5 @@
 """The latency benchmark, on CPU: every method has its row, and the rows hold together."""
 
-import inspect
 import json
 import subprocess
 import sys
@@ -9,16 +8,12 @@ from typing import Any
 
 import pytest
 
-from rollcast.rollout import PoolBroadcaster
-
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(280)]
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "sync_latency.py"
 METHODS = ("rollcast", "rollcast-shadow", "raw-broadcast", "rpc-per-tensor", "vllm-native-packed")
-# What has no numbers here. A sync without modes has no shadow mode to measure.
+# What has no numbers here.
 REASONS = {"vllm-native-packed": "vLLM's weight transfer is NCCL only: it needs CUDA"}
-if "mode" not in inspect.signature(PoolBroadcaster.sync).parameters:
-    REASONS["rollcast-shadow"] = "PoolBroadcaster.sync() got an unexpected keyword argument 'mode'"
 DECODING = [method for method in METHODS if method.startswith("rollcast") and method not in REASONS]
 
 

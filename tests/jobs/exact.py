@@ -1,6 +1,6 @@
 """Sync twice, save what was sent, and tell what the engines hold (run by torchrun).
 
-exact.py ARCHITECTURE MODEL_FOLDER SAVE_FOLDER REPORT.json TRAINERS TENSOR_PARALLEL_SIZE CPU_WEIGHTS
+exact.py ARCHITECTURE MODEL_FOLDER SAVE_FOLDER REPORT.json TRAINERS TENSOR_PARALLEL_SIZE CPU_WEIGHTS TRANSPORT
 """
 
 import json
@@ -27,6 +27,7 @@ def main() -> None:
         enforce_eager=True,
         max_model_len=64,
         cpu_weights=sys.argv[7],
+        transport=sys.argv[8],
         # Small buckets: most tensors are split.
         bucket_bytes=4096,
         log_dir=str(report.parent),
