@@ -23,6 +23,27 @@ class GpuState:
     nvlink_sent_bytes: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class GpuReport:
+    """What a sync did to one GPU."""
+
+    rank: int
+    """Number of the worker among those of all engines, from 1; 0: the trainer's."""
+    used_bytes: int
+    """Of its memory, by all processes, after the sync."""
+    free_bytes: int
+    nvlink_received_bytes: int | None
+    """During the sync, by everything that ran on the GPU."""
+    nvlink_sent_bytes: int | None
+
+    @classmethod
+    def between(cls, rank: int, before: GpuState, after: GpuState) -> "GpuReport":
+        """The difference of two states."""
+        received = _difference(before.nvlink_received_bytes, after.nvlink_received_bytes)
+        sent = _difference(before.nvlink_sent_bytes, after.nvlink_sent_bytes)
+        return cls(rank, after.used_bytes, after.free_bytes, received, sent)
+
+
 def gpu_uuid(device: torch.device) -> str:
     """UUID of one of torch's CUDA devices, as nvidia-smi shows it."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
@@ -85,6 +106,10 @@ def _counter(handle: Any, field: int) -> int | None:
     """A link counter, which NVML keeps in KiB."""
     (value,) = _nvml().nvmlDeviceGetFieldValues(handle, [(field, ALL_LINKS)])
     return value.value.ullVal * KIB if value.nvmlReturn == 0 else None
+
+
+def _difference(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else after - before
 
 
 def _text(value: str | bytes) -> str:

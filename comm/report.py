@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rollcast.comm.gpus import GpuReport
+
 
 class PhaseTimer:
     """Adds up seconds by phase.
@@ -53,6 +55,8 @@ class SyncReport:
     the engines' answers, resume), `verify` (checksums). From the slowest worker: `apply`. `total` is from call to
     return."""
     workers: tuple[WorkerReport, ...] = field(default=())
+    gpus: tuple[GpuReport, ...] = field(default=())
+    """On request: memory and NVLink traffic of rank 0's GPU and of the workers' GPUs."""
 
     @classmethod
     def of(cls, version: int, nbytes: int, timer: PhaseTimer, workers: Sequence[WorkerReport]) -> "SyncReport":

@@ -5,6 +5,7 @@ runs, and every attribute must be new to the worker: hence the prefix.
 """
 
 import logging
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from rollcast.comm import (
     join_group,
 )
 from rollcast.comm.buckets import fill_buckets
+from rollcast.comm.gpus import gpu_state, gpu_uuid
 from rollcast.rollout.compiler import compile_landing
 from rollcast.rollout.hashes import fingerprints, hashes, raise_if_changed
 from rollcast.rollout.landing import LandingPlan
@@ -166,6 +168,11 @@ class RollcastWorker:
     def rollcast_fingerprint(self) -> dict[str, str]:
         """SHA-256 of every live parameter and buffer, by vLLM's name, and of what packed linears compute."""
         return fingerprints(self._rollcast_model())
+
+    def rollcast_gpu_state(self) -> dict[str, int | None]:
+        """Memory and NVLink counters of this worker's GPU: a `GpuState` as a dict."""
+        worker: Any = self
+        return asdict(gpu_state(gpu_uuid(worker.device)))
 
     def _rollcast_model(self) -> nn.Module:
         worker: Any = self

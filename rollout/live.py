@@ -35,7 +35,11 @@ class LiveLanding:
         self._last = [number for number in range(len(plan.stages)) if number not in with_moves]
         self._attention = [attention_layers(model)[path] for path in plan.attention]
         self._dtype = dtype
-        self._filled = False
+        self._fills = tuple(fill.op for fill in plan.fills if fill.stage is None)
+        self._fillable: dict[tuple[str, int | str], torch.Tensor] = {
+            ("value", key): value.to(self._device) for key, value in enumerate(plan.values)
+        }
+        self._fillable |= {("live", name): tensor.data for name, tensor in self._live.items()}
 
     def moved(self, model: nn.Module) -> str | None:
         """The first tensor of the model, as it is now, that is not the one that was found, or not where it was."""
@@ -51,16 +55,11 @@ class LiveLanding:
         return self._stages[stage].room(target)
 
     def begin(self, *, confirming: bool = False) -> None:
-        """See `Landing.begin`. Constants are written before the first sync's moves."""
+        """See `Landing.begin`. Constants are written first: memory that was put to sleep may have lost them."""
         for stage in self._stages:
             stage.begin(confirming=confirming)
-        if not self._filled:
-            tensors: dict[tuple[str, int | str], torch.Tensor] = {
-                ("value", key): value.to(self._device) for key, value in enumerate(self.plan.values)
-            }
-            tensors |= {("live", name): tensor.data for name, tensor in self._live.items()}
-            carry_out(tuple(fill.op for fill in self.plan.fills if fill.stage is None), tensors)
-            self._filled = True
+        if self._fills and not confirming:
+            carry_out(self._fills, dict(self._fillable))
 
     def finish(self, stage: int) -> None:
         """See `Landing.finish`."""

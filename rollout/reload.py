@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rollcast.rollout.tape import LandingError
+
 Tensors = dict[str, torch.Tensor]
 PROBE_ROWS = 8
 
@@ -134,9 +136,13 @@ def at_their_addresses(*places: dict[str, Any]) -> Iterator[None]:
             made = place.get(name)
             if not isinstance(tensor, torch.Tensor) or not isinstance(made, torch.Tensor) or made is tensor:
                 continue
-            if (made.shape, made.dtype) == (tensor.shape, tensor.dtype):
-                tensor.data.copy_(made.data)
-                place[name] = tensor
+            if (made.shape, made.dtype) != (tensor.shape, tensor.dtype):
+                raise LandingError(
+                    f"{name}: vLLM's processing makes {list(made.shape)} {made.dtype} of what the engine has as "
+                    f"{list(tensor.shape)} {tensor.dtype}"
+                )
+            tensor.data.copy_(made.data)
+            place[name] = tensor
 
 
 def process_attention(layer: Any, dtype: torch.dtype) -> None:

@@ -6,8 +6,9 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TypeVar
 
 from rollcast.comm import Deadline
+from rollcast.comm.report import WorkerReport
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.records import Reply
+from rollcast.rollout.records import Received, Reply
 
 R = TypeVar("R")
 
@@ -37,3 +38,10 @@ def expect(reply: Reply, kind: type[R]) -> R:
 
 def named(engine: int, text: str) -> str:
     return text if text.startswith(f"engine {engine}") else f"engine {engine}: {text}"
+
+
+def worker_reports(replies: Sequence[Reply]) -> list[WorkerReport]:
+    """What every worker of every engine says of a sync."""
+    return [
+        WorkerReport(worker.rank, worker.phases_s) for reply in replies for worker in expect(reply, Received).workers
+    ]

@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 
 from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightBroadcaster, WeightSource
 from rollcast.comm.agree import Agreement, first_error, unanimous
 from rollcast.comm.report import WorkerReport
 from rollcast.rollout.config import How, RolloutConfig
 from rollcast.rollout.errors import EngineError, SyncError
+from rollcast.rollout.hardware import GpuWatch
 from rollcast.rollout.lanes import Lanes
 from rollcast.rollout.pool import Pool
 from rollcast.rollout.preflight import Card
-from rollcast.rollout.records import Abandon, Commit, Receive, Received, Reply
-from rollcast.rollout.replies import collect, expect
+from rollcast.rollout.records import Abandon, Commit, Receive, Reply
+from rollcast.rollout.replies import collect, worker_reports
 
 # Shares of the sync's timeout. What is left after the wire is for asking the engines what went wrong and for
 # telling the other ranks, so that all of them raise in time.
@@ -58,19 +60,29 @@ class PoolBroadcaster:
         self.version = version
 
     def sync(
-        self, *, version: int, mode: str | None = None, pause_mode: str | None = None, verify: str | None = None
+        self,
+        *,
+        version: int,
+        mode: str | None = None,
+        pause_mode: str | None = None,
+        verify: str | None = None,
+        hardware: bool = False,
     ) -> SyncReport:
         """Send the weights as they are now; every engine serves them as `version` when this returns.
 
         Collective over the trainer ranks, which all get rank 0's report. `version` must grow. `mode` says where
         the weights arrive ("in_place" or "shadow"), `pause_mode` what happens to requests in flight ("keep", "wait"
         or "abort"), `verify` how it is made sure that what arrived is what was sent ("none", "checksum" or "full");
-        None: as configured, see `RolloutConfig`. Raises `ValueError` for bad input, and `SyncError` with the words
-        of whoever failed.
+        None: as configured, see `RolloutConfig`. With `hardware` rank 0's report has the GPUs' memory and NVLink
+        traffic. Raises `ValueError` for bad input, and `SyncError` with the words of whoever failed.
         """
         config = self._config
         how = How(mode or config.sync_mode, pause_mode or config.pause_mode, verify or config.verify)
-        return self._sync(version, how)
+        if not hardware or self._rank:
+            return self._sync(version, how)
+        with GpuWatch(self._pool, self._lanes.device).during() as watch:
+            report = self._sync(version, how)
+        return replace(report, gpus=watch.reports)
 
     def self_test(self) -> SyncReport:
         """Send the weights that the engines already have, with `verify="full"`: not a byte may change.
@@ -105,7 +117,7 @@ class PoolBroadcaster:
             if failure is not None:
                 raise failure
             with timer("control"):
-                workers = self._reports(collect(receiving, deadline=deadline))
+                workers = worker_reports(collect(receiving, deadline=deadline))
         except Exception as problem:
             error = problem
         with timer("control"):
@@ -206,8 +218,8 @@ class PoolBroadcaster:
             words = str(late)
         if words:
             self._lanes.close()
-            if self._rank == 0:
-                self._abandon(words)
+            for engine in range(self._pool.engines if self._rank == 0 else 0):
+                self._pool.request(engine, Abandon(words))
             raise SyncError(f"sync of version {version} failed: {words}") from error
 
     def _words(self, error: Exception | None, receiving: "list[Future[Reply]]") -> str:
@@ -236,14 +248,3 @@ class PoolBroadcaster:
         except EngineError as error:
             return str(error)
         return ""
-
-    def _abandon(self, words: str) -> None:
-        for engine in range(self._pool.engines):
-            self._pool.request(engine, Abandon(words))
-
-    def _reports(self, replies: list[Reply]) -> list[WorkerReport]:
-        return [
-            WorkerReport(worker.rank, worker.phases_s)
-            for reply in replies
-            for worker in expect(reply, Received).workers
-        ]

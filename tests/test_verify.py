@@ -53,6 +53,21 @@ def test_full_verification_finds_what_changed_in_memory(facts: dict[str, Any]) -
     assert facts["mended"] == [5, False]
 
 
+def test_a_flipped_bit_in_a_shadow_leaves_the_old_weights_serving(facts: dict[str, Any]) -> None:
+    assert "run " in facts["flipped aside"] and "checksum" in facts["flipped aside"]
+    assert facts["after flipped aside"] == [5, False, 1]
+    assert facts["switched"] == [6, False]
+
+
+def test_a_sleeping_engine_says_what_to_do(facts: dict[str, Any]) -> None:
+    sync, generate = facts["asleep"]
+    assert "engine 0 sleeps: its weights cannot be updated before wake_up" in sync
+    assert generate == facts["half awake"] == "engine 0 sleeps: call pool.wake_up() first"
+    assert facts["awake"] == [7, False, 1]
+    assert "dropped its weights in sleep(level=2): wake it up and sync" in facts["dropped"]
+    assert facts["refilled"] == [8, False, 1]
+
+
 def test_fifty_syncs_leave_nothing_behind(facts: dict[str, Any]) -> None:
     before, after = facts["before"], facts["after"]
     for what in ("python_threads", "threads", "files"):

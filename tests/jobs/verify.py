@@ -19,6 +19,7 @@ import rollcast.rollout as rollcast
 
 FAULT = Path(os.environ["FAULT_FILE"])
 SYNCS = 50
+MODES = ("in_place", "shadow")
 
 
 def main() -> None:
@@ -56,12 +57,31 @@ def facts(job: rollcast.Job) -> dict[str, Any]:
     FAULT.write_text("")
     broadcaster.sync(version=5)
     found["mended"] = state(job)
-    for version in range(6, 16):
-        broadcaster.sync(version=version)
+    FAULT.write_text("flip")
+    perturb(model, seed=4)
+    found["flipped aside"] = failure(lambda: broadcaster.sync(version=6, mode="shadow", verify="checksum"))
+    found["after flipped aside"] = [*state(job), len(job.pool.generate([[5, 6]], rollcast.Sampling(max_tokens=3)))]
+    broadcaster.sync(version=6, mode="shadow", verify="full")
+    broadcaster.self_test()
+    found["switched"] = state(job)
+    job.pool.sleep()
+    found["asleep"] = [failure(lambda: broadcaster.sync(version=7)), refusal(job)]
+    job.pool.wake_up(["weights"])
+    broadcaster.sync(version=7)
+    found["half awake"] = refusal(job)
+    job.pool.wake_up(["kv_cache"])
+    found["awake"] = [*state(job), len(job.pool.generate([[5, 6]], rollcast.Sampling(max_tokens=3)))]
+    job.pool.sleep(level=2)
+    job.pool.wake_up()
+    found["dropped"] = refusal(job)
+    broadcaster.sync(version=8)
+    found["refilled"] = [*state(job), len(job.pool.generate([[5, 6]], rollcast.Sampling(max_tokens=3)))]
+    for version in range(9, 19):
+        broadcaster.sync(version=version, mode=MODES[version % 2])
     found["before"] = resources(job)
-    for version in range(16, 16 + SYNCS):
+    for version in range(19, 19 + SYNCS):
         perturb(model, seed=version % 3)
-        broadcaster.sync(version=version)
+        broadcaster.sync(version=version, mode=MODES[version % 2])
     found["after"] = resources(job)
     return found
 
@@ -72,6 +92,14 @@ def failure(act: Callable[[], Any]) -> str:
     except rollcast.SyncError as error:
         return str(error)
     return "no error"
+
+
+def refusal(job: rollcast.Job) -> str:
+    try:
+        job.pool.generate([[5, 6]], rollcast.Sampling(max_tokens=3))
+    except rollcast.EngineError as error:
+        return str(error)
+    return "served"
 
 
 def state(job: rollcast.Job) -> list[Any]:
