@@ -188,7 +188,7 @@ class Lanes:
         own = [lane for lane in plan.lanes if lane.sender == self._rank]
         try:
             return {
-                lane.index: join(self.transport(lane), store, size=1 + len(lane.workers), name=f"lane-{lane.index}")
+                lane.index: join(self._transport(lane), store, size=1 + len(lane.workers), name=f"lane-{lane.index}")
                 for lane in own
             }
         except dist.DistNetworkError:
@@ -204,21 +204,25 @@ class Lanes:
             requests.append(self._pool.request(engine, request))
         return requests
 
+    def _transport(self, lane: Lane) -> str:
+        return transport_of(lane, config=self._config, cards=self._cards)
+
     def _assignment(self, lane: Lane, worker: int) -> Assignment:
         engine, rank = divmod(worker, self._config.tensor_parallel_size)
         place = lane.workers.index(worker) + 1, len(lane.workers) + 1
         label = f"worker {rank} of engine {engine}"
-        return Assignment(lane.index, *place, lane.sender, lane.digest, self.transport(lane), label)
+        return Assignment(lane.index, *place, lane.sender, lane.digest, self._transport(lane), label)
 
-    def transport(self, lane: Lane) -> str:
-        """How the lane's bytes travel: as configured, or as its GPUs are joined."""
-        if self._config.resolved_device() == "cpu":
-            return "gloo"
-        if self._config.transport != "auto":
-            return self._config.transport
-        sender, (worker, *more) = self._cards[lane.sender], lane.workers
-        receiver = self._cards[self._config.trainers + worker]
-        # One reader at a time has all of the sender's links to itself; several share NCCL's ring.
-        near = not more and sender.host == receiver.host
-        joined = sender.gpu == receiver.gpu or sender.links.get(receiver.gpu or "") == "NVLink"
-        return "ipc" if near and joined else "nccl"
+
+def transport_of(lane: Lane, *, config: RolloutConfig, cards: Sequence[Card]) -> str:
+    """How the lane's bytes travel: as configured, or as the ranks' GPUs are joined. `cards` is in rank order."""
+    if config.resolved_device() == "cpu":
+        return "gloo"
+    if config.transport != "auto":
+        return config.transport
+    sender, (worker, *more) = cards[lane.sender], lane.workers
+    receiver = cards[config.trainers + worker]
+    # One reader has all of the sender's links to itself; several would share them, and do better in NCCL's ring.
+    near = not more and sender.host == receiver.host
+    joined = sender.gpu == receiver.gpu or sender.links.get(receiver.gpu or "") == "NVLink"
+    return "ipc" if near and joined else "nccl"

@@ -1,20 +1,34 @@
-"""The same jobs on two GPUs: NCCL instead of gloo, CUDA graphs, bfloat16."""
+"""The jobs on GPUs: NCCL and CUDA IPC instead of gloo, CUDA graphs, async scheduling, bfloat16, one shared GPU."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import build
 from test_exact import check_equal, fresh_engine, synced_facts
-from torchrun import run_job
+from torchrun import JOBS, run_job
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.gpus2,
-    pytest.mark.timeout(400),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+LENGTH = 900
+GIGABYTE = 10**9
+
+
+def needs_gpus(count: int) -> Callable[[Any], Any]:
+    """Mark a test, and skip it where there are not as many GPUs."""
+    mark = pytest.mark.gpu if count == 1 else pytest.mark.gpus2
+    skip = pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} NVIDIA GPU(s)")
+    return lambda test: mark(skip(test))
+
+
+def run_facts(job: str, folder: Path, *arguments: str) -> dict[str, Any]:
+    build("untied").save_pretrained(folder / "model")
+    done = run_job(JOBS / job, folder / "model", folder / "facts.json", *arguments, ranks=2, cwd=folder, timeout_s=300)
+    assert done.code == 0, done.output
+    return json.loads((folder / "facts.json").read_text())
 
 
 def run_grpo(tmp_path: Path, *flags: str) -> dict[str, Any]:
@@ -24,6 +38,7 @@ def run_grpo(tmp_path: Path, *flags: str) -> dict[str, Any]:
     return json.loads(report.read_text())
 
 
+@needs_gpus(2)
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_a_synced_engine_equals_a_fresh_one_on_gpus(tmp_path: Path, transport: str) -> None:
     shape: Any = {"tensor_parallel_size": 1, "cpu_weights": "plain"}
@@ -32,6 +47,31 @@ def test_a_synced_engine_equals_a_fresh_one_on_gpus(tmp_path: Path, transport: s
     check_equal(facts, after, engines=1)
 
 
+@needs_gpus(2)
+@pytest.mark.parametrize("transport", ["nccl", "ipc"])
+def test_an_engine_with_cuda_graphs_serves_what_was_sent(tmp_path: Path, transport: str) -> None:
+    facts = run_facts("on_gpus.py", tmp_path, transport)
+    for groups in facts["served"]:
+        assert all(tokens == expected for tokens, expected in groups), "transformers' greedy tokens"
+    for version, requests in enumerate(facts["in flight"], start=1):
+        assert requests == [[LENGTH, [version - 1, version]]] * 12
+    words, seconds = facts["failure"]
+    assert "the worker was told to fail" in words and seconds < 5.0
+    assert facts["memory"][0] == facts["memory"][1], "100 syncs take no memory"
+    (_, _, trainer_bytes), (rank, used_bytes, nvlink_bytes) = facts["gpus"]
+    assert rank == 1 and used_bytes > GIGABYTE and trainer_bytes is not None and nvlink_bytes is not None
+
+
+@needs_gpus(1)
+def test_trainer_and_engine_share_a_gpu(tmp_path: Path) -> None:
+    facts = run_facts("colocated.py", tmp_path)
+    for groups in facts["served"]:
+        assert all(tokens == expected for tokens, expected in groups), "transformers' greedy tokens"
+    for awake, asleep in facts["used"]:
+        assert awake - asleep > 10 * GIGABYTE, "sleep frees the engine's memory"
+
+
+@needs_gpus(2)
 def test_the_main_job_learns_on_gpus(tmp_path: Path) -> None:
     report = run_grpo(tmp_path)
     rewards = [step["reward"] for step in report["steps"]]
@@ -39,6 +79,7 @@ def test_the_main_job_learns_on_gpus(tmp_path: Path) -> None:
     assert max(step["logprob_max_diff"] for step in report["steps"]) < 1e-3
 
 
+@needs_gpus(2)
 def test_bfloat16_with_cuda_graphs(tmp_path: Path) -> None:
     report = run_grpo(tmp_path, "--dtype", "bfloat16", "--steps", "4", "--logprob-tolerance", "0.1")
     assert [step["policy_version"] for step in report["steps"]] == [1, 2, 3, 4]
