@@ -71,10 +71,13 @@ class WeightBroadcaster:
 
     def _lay_out(self) -> None:
         """Plan the buffers, for weights as the trainer has them now."""
+        if self._bound is not None and self._bound[0] is self._source.steady():
+            return
         formats = self._source.formats()
         if not self._lanes or formats != self._formats:
             self._lanes = {lane.index: _LaneSender(lane, formats, self._device) for lane in self._own}
-            self._formats, self._bound = formats, None
+            self._formats = formats
+        self._bound = None
 
     def _loads(self, timer: PhaseTimer) -> "Iterator[_Load]":
         """Every bucket of every lane, in the order of the walk, ready to be packed and sent."""
