@@ -38,11 +38,11 @@ def rollcast(bench: Bench, *, mode: str | None) -> Iterator[Run]:
 
 
 @contextmanager
-def rollcast_over_nccl(bench: Bench) -> Iterator[Run]:
-    """The same over NCCL, also where the GPUs can read each other's memory."""
+def rollcast_ipc(bench: Bench) -> Iterator[Run]:
+    """The same by CUDA IPC: the worker reads the trainer's memory."""
     if bench.device.type != "cuda":
-        raise RuntimeError("NCCL needs CUDA")
-    bench.travel("nccl")
+        raise RuntimeError("CUDA IPC needs CUDA")
+    bench.travel("ipc")
     try:
         with rollcast(bench, mode=None) as run:
             yield run
@@ -122,11 +122,11 @@ Method = Callable[[Bench], AbstractContextManager[Run]]
 TABLE: dict[str, Method] = {
     "rollcast": partial(rollcast, mode=None),
     "rollcast-shadow": partial(rollcast, mode="shadow"),
-    "rollcast-nccl": rollcast_over_nccl,
     "raw-broadcast": partial(raw, call=False),
     "raw-broadcast-with-call": partial(raw, call=True),
     "rpc-per-tensor": rpc_per_tensor,
     "vllm-native-packed": partial(native, packed=True),
     "vllm-native-per-tensor": partial(native, packed=False),
     "checkpoint-engine": checkpoint_engine,
+    "rollcast-ipc": rollcast_ipc,
 }

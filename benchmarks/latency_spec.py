@@ -10,15 +10,15 @@ from rollcast.rollout import RolloutConfig
 METHODS = (
     "rollcast",
     "rollcast-shadow",
-    "rollcast-nccl",
     "raw-broadcast",
     "raw-broadcast-with-call",
     "rpc-per-tensor",
     "vllm-native-packed",
     "vllm-native-per-tensor",
     "checkpoint-engine",
+    "rollcast-ipc",
 )
-DECODING = ("rollcast", "rollcast-shadow", "rollcast-nccl")
+DECODING = ("rollcast", "rollcast-shadow", "rollcast-ipc")
 """Methods that are also measured while the engine decodes: those that keep requests whole."""
 
 

@@ -16,7 +16,7 @@ from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]  (CUDA ma
 from torch import distributed as dist
 
 from rollcast.comm.buckets import aligned
-from rollcast.comm.cuda import Allocation, EventWork, allocation, exportable_bytes
+from rollcast.comm.cuda import ASK_S, Allocation, EventWork, allocation, exportable_bytes
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.gpus import gpu_uuid
 from rollcast.comm.peers import Peer, PeerError, host_name, meet
@@ -172,10 +172,16 @@ def _listen(store: dist.Store, size: int, deadline: Deadline) -> list[socket.soc
     with socket.create_server(("127.0.0.1", 0), backlog=size) as server:
         store.set("line", str(server.getsockname()[1]))
         lines: dict[int, socket.socket] = {}
+        server.settimeout(ASK_S)
         while len(lines) < size - 1:
-            server.settimeout(deadline.left("the receivers of a lane").total_seconds())
-            line, _ = server.accept()
-            line.settimeout(deadline.left("the receivers of a lane").total_seconds())
+            timeout = deadline.left("the receivers of a lane")
+            try:
+                line, _ = server.accept()
+            except TimeoutError:
+                # Raises when the store is gone: somebody has given up, and nobody will come.
+                store.check(["line"])
+                continue
+            line.settimeout(timeout.total_seconds())
             lines[int.from_bytes(line.recv(4, socket.MSG_WAITALL), "big")] = line
     for line in lines.values():
         line.settimeout(None)

@@ -8,7 +8,7 @@ import torch
 from cupy.cuda import nccl  # pyright: ignore[reportMissingImports]  (CUDA machines only)
 from torch import distributed as dist
 
-from rollcast.comm.cuda import EventWork
+from rollcast.comm.cuda import ASK_S, EventWork
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.gpus import gpu_uuid
 from rollcast.comm.peers import Peer, check_peers, host_name, meet, nccl_settings
@@ -85,7 +85,10 @@ class NcclGroup:
 
         thread = threading.Thread(target=create, name="nccl-join", daemon=True)
         thread.start()
-        thread.join(deadline.left_s())
+        while thread.is_alive() and deadline.left_s():
+            thread.join(min(ASK_S, deadline.left_s()))
+            # Raises when the store is gone: somebody has given up, and nobody will come.
+            self._store.check(["nccl_id"])
         if failed:
             raise failed[0]
         if not joined:

@@ -86,8 +86,8 @@ class RolloutConfig:
     """How weights arrive. "in_place": in the live parameters, while the engine holds still. "shadow": in spare GPU
     memory, as much as the weights take, while the engine decodes; then it holds still for one copy."""
     transport: str = "auto"
-    """How bytes travel between GPUs. "ipc": the worker reads the trainer's memory (one machine). "nccl": grouped
-    broadcasts. "auto": "ipc" where a lane has one worker on the sender's GPU or one NVLink away, else "nccl"."""
+    """How bytes travel between GPUs. "nccl": grouped broadcasts. "ipc": workers read the trainer's memory, on one
+    machine. "auto": "ipc" where trainer and worker share a GPU, which NCCL cannot join twice, else "nccl"."""
     verify: str = "none"
     """How a sync makes sure that the weights are those that were sent. "checksum" compares 64-bit hashes of every
     stretch of bytes, made on both sides' devices. "full" also sends everything again and compares it with what is

@@ -215,14 +215,11 @@ class Lanes:
 
 
 def transport_of(lane: Lane, *, config: RolloutConfig, cards: Sequence[Card]) -> str:
-    """How the lane's bytes travel: as configured, or as the ranks' GPUs are joined. `cards` is in rank order."""
+    """How the lane's bytes travel: as configured, or as the ranks' GPUs allow. `cards` is in rank order."""
     if config.resolved_device() == "cpu":
         return "gloo"
     if config.transport != "auto":
         return config.transport
-    sender, (worker, *more) = cards[lane.sender], lane.workers
-    receiver = cards[config.trainers + worker]
-    # One reader has all of the sender's links to itself; several would share them, and do better in NCCL's ring.
-    near = not more and sender.host == receiver.host
-    joined = sender.gpu == receiver.gpu or sender.links.get(receiver.gpu or "") == "NVLink"
-    return "ipc" if near and joined else "nccl"
+    sender, receivers = cards[lane.sender], [cards[config.trainers + worker] for worker in lane.workers]
+    shared = any((receiver.host, receiver.gpu) == (sender.host, sender.gpu) for receiver in receivers)
+    return "ipc" if shared else "nccl"

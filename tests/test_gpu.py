@@ -38,6 +38,33 @@ def run_grpo(tmp_path: Path, *flags: str) -> dict[str, Any]:
     return json.loads(report.read_text())
 
 
+def check_transport(tmp_path: Path, transport: str, place: str) -> float:
+    done = run_job(
+        JOBS / "transport.py", transport, place, tmp_path / "facts.json", ranks=2, cwd=tmp_path, timeout_s=90
+    )
+    assert done.code == 0, done.output
+    sent, received = (json.loads((tmp_path / f"facts.json{side}").read_text()) for side in ("", ".receiver"))
+    assert sent["wrong"] == received["wrong"] == []
+    words, seconds = sent["left"]
+    assert ("left" in words or "failed" in words) and seconds < 3.0
+    return sent["gb_per_s"]
+
+
+def test_bytes_cross_on_cpu(tmp_path: Path) -> None:
+    assert check_transport(tmp_path, "gloo", "cpu") > 0
+
+
+@needs_gpus(2)
+@pytest.mark.parametrize("transport", ["nccl", "ipc"])
+def test_bytes_cross_between_gpus_and_a_lost_peer_is_noticed(tmp_path: Path, transport: str) -> None:
+    assert check_transport(tmp_path, transport, "apart") > 10
+
+
+@needs_gpus(1)
+def test_bytes_cross_within_a_gpu(tmp_path: Path) -> None:
+    assert check_transport(tmp_path, "ipc", "shared") > 10
+
+
 @needs_gpus(2)
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_a_synced_engine_equals_a_fresh_one_on_gpus(tmp_path: Path, transport: str) -> None:
