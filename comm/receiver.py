@@ -55,7 +55,7 @@ class WeightReceiver:
         receiver = WeightReceiver(lane, landing, device=device)
         receiver.receive(group, deadline=Deadline(60), timer=PhaseTimer())
 
-    Bucket k + 1 is received while bucket k is applied. Views and buffers are made once and kept.
+    Bucket k + 1 is on its way before bucket k has arrived. Views and buffers are made once and kept.
     """
 
     def __init__(self, lane: Lane, landing: Landing, *, device: torch.device) -> None:
@@ -83,8 +83,9 @@ class WeightReceiver:
             self._post(0, group, deadline)
             for turn in range(len(self._buckets)):
                 with timer("wire"):
-                    self._window.wait(turn, deadline=deadline)
+                    # Before the wait: the wire must not stand still between two buckets.
                     self._post(turn + 1, group, deadline)
+                    self._window.wait(turn, deadline=deadline)
                 if checksums:
                     with timer("verify"):
                         sums += [checksum(tensor) for tensor in self._bind(turn)[0]]
