@@ -1,14 +1,14 @@
 """One vLLM engine: generate, and take part in a sync (engine process)."""
 
 import asyncio
+import contextlib
 import re
 from enum import Enum
 from typing import Any
 
 import msgspec
-import zmq
-import zmq.asyncio
 
+from rollcast.rollout.asides import Asides
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.records import Completion, JoinGroup, Launch, Receive, Sampling, WorkerTimes
 from rollcast.rollout.requests import Requests
@@ -24,7 +24,7 @@ VLLM_WRAPPING = re.compile(
 class State(Enum):
     """Of an engine's weights.
 
-    SERVING --receive--> RECEIVING --commit--> SERVING       (in place: the weights are a mixture meanwhile)
+    SERVING --receive--> RECEIVING --commit--> SERVING       (in place: the weights are a mixture at first)
                          RECEIVING --abandon--> TORN --receive--> RECEIVING
     SERVING --receive--> HOLDING --commit--> SERVING         (shadow: the new weights wait beside the old)
                          HOLDING --abandon--> SERVING
@@ -39,8 +39,8 @@ class State(Enum):
 class Engine:
     """Wraps `AsyncLLM` and knows which policy version its weights are.
 
-    Everything runs on one event loop. Between `receive` and `commit` the weights are a mixture: scheduling is
-    paused, and after a failure it stays paused and requests are refused instead of served with torn weights.
+    Everything runs on one event loop. Between `receive` and `commit` nothing is handed out; after a failure vLLM is
+    paused and requests are refused instead of served with torn weights.
     """
 
     def __init__(self, llm: Any, *, index: int, eos_token_ids: tuple[int, ...]) -> None:
@@ -49,11 +49,11 @@ class Engine:
         self._requests = Requests(llm, index=index, eos_token_ids=eos_token_ids)
         self._scheduling = Scheduling(llm)
         self._state = State.SERVING
-        self._paused = False
+        self._tokens: dict[str, int] = {}
         self._asleep: frozenset[str] = frozenset()
         self._receiving: asyncio.Task[Any] | None = None
         self._received: Receive | None = None
-        self._reports: zmq.asyncio.Socket | None = None
+        self._asides = Asides()
 
     @classmethod
     def start(cls, launch: Launch) -> "Engine":
@@ -80,6 +80,10 @@ class Engine:
         if self._asleep:
             raise EngineError(f"engine {self._index} sleeps: call pool.wake_up() first")
         return await self._requests.generate(prompts, sampling)
+
+    async def watch(self) -> None:
+        """Let the workers count tokens from the first request on."""
+        await self.call("rollcast_watch")
 
     async def prepare(self, manifest: bytes) -> list[str]:
         """Let every worker find where the parameters land. The digest of each worker's plan."""
@@ -125,54 +129,49 @@ class Engine:
             raise EngineError(f"engine {self._index} has no weights to serve meanwhile: sync in place after a failure")
 
     async def _receive(self, request: Receive) -> list[dict[str, float]]:
-        """Pause, and let the workers receive into the live weights. The engine is torn until `commit`."""
+        """Let the workers receive into the live weights. The engine is torn until `commit`."""
         arguments = (request.version, request.digests, request.verify, request.unchanged, request.timeout_s)
-        return await self._change("rollcast_receive", *arguments, request=request)
+        outcomes = await self._change("rollcast_receive", *arguments, request=request)
+        return [outcome["phases_s"] for outcome in outcomes]
 
-    async def _change(self, method: str, *arguments: Any, request: Receive) -> Any:
-        """Pause for a call that changes the live weights; stay paused."""
+    async def _change(self, method: str, *arguments: Any, request: Receive) -> list[Any]:
+        """Make a call that changes the live weights; what it returns.
 
-        async def act() -> list[Any]:
-            self._state = State.RECEIVING
-            return await self.call(method, *arguments)
-
-        self._paused = self._requests.next_version = True
+        vLLM takes the call between two steps and makes none meanwhile, and the call's GPU work is queued behind that
+        of the step under way. So requests need no pause to be kept; what ends from here on is held until `commit`.
+        """
+        self._requests.hold()
         if request.prefix_cache == "salt":
             # Requests that arrive from now on, which run under the next version.
             self._requests.salt += 1
         try:
-            outcome = await self._scheduling.pause_for(request.pause_mode, act, timeout_s=request.timeout_s)
+            # A cache is cleared while nothing runs.
+            if request.pause_mode != "keep" or request.prefix_cache == "clear":
+                await self._scheduling.pause(request.pause_mode, timeout_s=request.timeout_s)
+            self._state = State.RECEIVING
+            outcomes = await self.call(method, *arguments)
         except TimeoutError as late:
             raise EngineError(f"engine {self._index} {late}") from None
-        if not self._requests.idle:
-            await self._scheduling.settle()
-        return outcome
+        except EngineError:
+            # Torn weights must not go on to run. An engine that is dead cannot be paused.
+            with contextlib.suppress(Exception):
+                await self._scheduling.pause("keep", timeout_s=request.timeout_s)
+            raise
+        self._tokens = outcomes[0]["tokens"]
+        return outcomes
 
     async def _receive_aside(self, request: Receive) -> list[dict[str, float]]:
         """Let the workers receive into spare memory while the engine decodes; each says when it is done."""
-        reports, address = self._open_reports()
-        arguments = (request.version, request.digests, request.verify, request.timeout_s, address)
+        arguments = (request.version, request.digests, request.verify, request.timeout_s, self._asides.begin())
         workers = len(await self.call("rollcast_receive_aside", *arguments))
-        phases: dict[int, dict[str, float]] = {}
         try:
-            async with asyncio.timeout(request.timeout_s):
-                while len(phases) < workers:
-                    version, rank, problem, its = msgspec.msgpack.decode(await reports.recv())
-                    if version == request.version and problem:
-                        raise EngineError(_named(self._index, problem))
-                    if version == request.version:
-                        phases[rank] = its
+            phases = await self._asides.collect(workers, timeout_s=request.timeout_s)
         except TimeoutError:
             raise EngineError(f"engine {self._index} did not receive within {request.timeout_s:.1f} s") from None
+        except RuntimeError as problem:
+            raise EngineError(_named(self._index, str(problem))) from None
         self._state = State.HOLDING
-        return [phases[rank] for rank in sorted(phases)]
-
-    def _open_reports(self) -> tuple[zmq.asyncio.Socket, str]:
-        """Where workers report what they do beside decoding."""
-        if self._reports is None:
-            self._reports = zmq.asyncio.Context.instance().socket(zmq.PULL)
-            self._reports.bind("tcp://127.0.0.1:*")
-        return self._reports, self._reports.get_string(zmq.LAST_ENDPOINT)
+        return phases
 
     def _refuse_asleep(self) -> None:
         if "weights" in self._asleep:
@@ -186,13 +185,11 @@ class Engine:
             await self._change("rollcast_apply", request=request)
         if request.prefix_cache == "clear" and not await self._scheduling.clear_prefix_cache():
             raise EngineError(f"engine {self._index}: vLLM did not clear its prefix cache")
-        self._requests.advance(version)
-        self._requests.refusal = ""
-        self._state, self._received, self._paused = State.SERVING, None, False
-        if self._asleep:
-            # vLLM schedules again when its cache is awake, too, and empty.
-            return
-        await self._scheduling.resume()
+        self._requests.advance(version, self._tokens)
+        self._state, self._received = State.SERVING, None
+        if not self._asleep:
+            # Asleep, vLLM schedules again when its cache is awake, too, and empty.
+            await self._scheduling.resume()
 
     async def abandon(self, text: str) -> None:
         """The sync failed somewhere. Untouched weights serve on; torn ones never do."""
@@ -201,10 +198,9 @@ class Engine:
             self._receiving.cancel()
             await asyncio.wait([self._receiving])
         if self._state in (State.SERVING, State.HOLDING):
-            self._state, self._requests.next_version = State.SERVING, False
-            if self._paused:
-                self._paused = False
-                await self._scheduling.resume()
+            self._state = State.SERVING
+            self._requests.release()
+            await self._scheduling.resume()
             return
         self._state = State.TORN
         self._requests.refuse(

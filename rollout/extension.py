@@ -9,9 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import msgspec
 import torch
-import zmq
 from torch import nn
 
 from rollcast.comm import (
@@ -25,6 +23,7 @@ from rollcast.comm import (
 )
 from rollcast.comm.buckets import fill_buckets
 from rollcast.comm.gpus import gpu_state, gpu_uuid
+from rollcast.rollout.asides import report
 from rollcast.rollout.compiler import compile_landing
 from rollcast.rollout.hashes import fingerprints, hashes, raise_if_changed
 from rollcast.rollout.landing import LandingPlan
@@ -32,6 +31,7 @@ from rollcast.rollout.layout import choose_cpu_layout
 from rollcast.rollout.live import LiveLanding
 from rollcast.rollout.records import Assignment
 from rollcast.rollout.shadow import Shadow
+from rollcast.rollout.steps import StepWatch
 from rollcast.rollout.tape import LandingError
 
 # vLLM imports this module after the worker process has started and before it loads the model, and offers no
@@ -49,6 +49,7 @@ class RollcastWorker:
     rollcast_landing: LiveLanding
     rollcast_receiver: WeightReceiver
     rollcast_shadow: Shadow | None = None
+    rollcast_steps: StepWatch
 
     def rollcast_call(self, method: str, args: list[Any]) -> list[Any]:
         """Call a method by name: [None, its result], or [the text of what it raised, None].
@@ -61,6 +62,19 @@ class RollcastWorker:
         except Exception as error:
             logger.exception("%s failed", method)
             return [str(error) or type(error).__name__, None]
+
+    def rollcast_watch(self) -> None:
+        """From now on, know how many tokens each request has. Called once, before the first request."""
+        worker: Any = self
+        steps = self.rollcast_steps = StepWatch()
+        execute = worker.execute_model
+
+        def execute_model(scheduled: Any, *arguments: Any, **more: Any) -> Any:
+            steps.note(scheduled)
+            return execute(scheduled, *arguments, **more)
+
+        # On the instance: executors look the method up at every step.
+        worker.execute_model = execute_model
 
     def rollcast_prepare(self, manifest: bytes) -> str:
         """Compile the landing plan; return its digest. Collective over the engine's workers.
@@ -107,8 +121,10 @@ class RollcastWorker:
 
     def rollcast_receive(
         self, version: int, digests: list[str], verify: str, unchanged: bool, timeout_s: float
-    ) -> dict[str, float]:
-        """Receive one sync into the live parameters; return seconds by phase. Collective over the lane.
+    ) -> dict[str, dict[str, Any]]:
+        """Receive one sync into the live parameters. Collective over the lane.
+
+        Returns "phases_s" and "tokens": of each request, how many are of the old weights.
 
         `digests` are those of the lanes of the engine's workers; with `unchanged` no tensor may change. On any
         failure the worker leaves the group, which makes the sender fail at once, and the parameters are a mixture
@@ -130,15 +146,15 @@ class RollcastWorker:
         except BaseException:
             self.rollcast_leave()
             raise
-        return timer.phases_s | {"total": timer.total_s()}
+        phases_s = timer.phases_s | {"total": timer.total_s()}
+        return {"phases_s": phases_s, "tokens": self.rollcast_steps.tokens()}
 
     def rollcast_receive_aside(
-        self, version: int, digests: list[str], verify: str, timeout_s: float, address: str
+        self, version: int, digests: list[str], verify: str, timeout_s: float, place: list[Any]
     ) -> None:
         """Start to receive one sync into spare memory, and return. Collective over the lane.
 
-        At the end (version, rank, problem or "", seconds by phase) is pushed to the ZMQ socket at `address`. Raises
-        `LandingError` if the memory is not there.
+        How it went is reported to `place`, see `Asides`. Raises `LandingError` if the memory is not there.
         """
         worker: Any = self
         try:
@@ -146,18 +162,22 @@ class RollcastWorker:
             if self.rollcast_shadow is None:
                 lane = self.rollcast_receiver.lane
                 self.rollcast_shadow = Shadow(self.rollcast_landing, lane, device=worker.device)
-            report = partial(_push, address, version, worker.rank)
-            self.rollcast_shadow.receive(group, verify=verify, timeout_s=timeout_s, report=report)
+            tell = partial(report, place, worker.rank)
+            self.rollcast_shadow.receive(group, verify=verify, timeout_s=timeout_s, report=tell)
         except BaseException:
             self.rollcast_leave()
             raise
 
-    def rollcast_apply(self) -> None:
-        """Switch to the weights that have been received aside. Later GPU work of this worker uses them."""
+    def rollcast_apply(self) -> dict[str, dict[str, Any]]:
+        """Switch to the weights that have been received aside. Later GPU work of this worker uses them.
+
+        Returns "tokens", as `rollcast_receive` does.
+        """
         if self.rollcast_shadow is None or self.rollcast_landing.moved(self._rollcast_model()) is not None:
             raise RuntimeError("the weights were moved while new ones were received: sync again")
         with self._rollcast_settings():
             self.rollcast_shadow.apply()
+        return {"tokens": self.rollcast_steps.tokens()}
 
     def rollcast_leave(self) -> None:
         """Leave the weight group. Idempotent."""
@@ -227,10 +247,3 @@ class RollcastWorker:
         if self.rollcast_receiver.lane.digest != digests[worker.rank]:
             raise ValueError(f"version {version} was announced with another plan than the one joined with")
         return self.rollcast_group
-
-
-def _push(address: str, version: int, rank: int, problem: str, phases_s: dict[str, float]) -> None:
-    """Tell the engine process how it went."""
-    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
-        socket.connect(address)
-        socket.send(msgspec.msgpack.encode([version, rank, problem, phases_s]))

@@ -28,8 +28,13 @@ class Completion(msgspec.Struct, frozen=True):
     (temperature and top-p applied)."""
     finish_reason: str
     """"stop", "length" or "abort"."""
-    versions: tuple[int, ...]
-    """Policy versions that made it, oldest first. More than one if a sync happened in between."""
+    spans: tuple[tuple[int, int], ...]
+    """(policy version, index of its first token), oldest first. More than one if a sync happened in between."""
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Policy versions that made it, oldest first."""
+        return tuple(version for version, _ in self.spans)
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):

@@ -1,10 +1,25 @@
 """Requests to vLLM, and the policy versions that each is run under (engine process)."""
 
 import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.records import Completion, Sampling
+
+# What vLLM makes of our request ids: a number of the sample before them, if there are several, and a random end.
+REQUEST_ID = re.compile(r"(?:(?P<sample>\d+)_)?rollcast-(?P<number>\d+)(?:-|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """The engine went over to new weights."""
+
+    version: int
+    tokens: Mapping[tuple[int, int], int]
+    """By request and sample: how many tokens are of older versions. Requests that had not run yet are left out."""
 
 
 class Requests:
@@ -15,29 +30,38 @@ class Requests:
         self._index = index
         self._eos_token_ids = eos_token_ids
         self._count = 0
-        self._history = [0]
+        self._switches = [Switch(0, {})]
+        self._running: set[int] = set()
         self._waiting: set[asyncio.Task[list[Completion]]] = set()
+        self._decided = asyncio.Event()
+        self._decided.set()
         self.refusal = ""
         """Why nothing is served, if so."""
-        self.next_version = False
-        """Whether requests that arrive now will run under the next version only."""
         self.salt = 0
         """Requests with different salts share no prefix cache."""
 
     @property
     def version(self) -> int:
         """Policy version of the weights."""
-        return self._history[-1]
+        return self._switches[-1].version
 
-    @property
-    def idle(self) -> bool:
-        return not self._waiting
+    def hold(self) -> None:
+        """What ends from now on is kept back: it may be of weights that will not be served. Until `release`."""
+        self._decided.clear()
 
-    def advance(self, version: int) -> None:
-        """From now on tokens are of `version`."""
+    def release(self) -> None:
+        """Hand out what was kept back."""
+        self._decided.set()
+
+    def advance(self, version: int, tokens: Mapping[str, int]) -> None:
+        """The engine is on `version`; `tokens` is how many each request, by vLLM's id, had before."""
         if version != self.version:
-            self._history.append(version)
-        self.next_version = False
+            found = ((REQUEST_ID.match(request), count) for request, count in tokens.items())
+            places = ((int(its["number"]), int(its["sample"] or 0), count) for its, count in found if its)
+            kept = {(number, sample): count for number, sample, count in places if number in self._running}
+            self._switches.append(Switch(version, kept))
+        self.refusal = ""
+        self.release()
 
     async def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
         """Sample `sampling.n` completions of each prompt; groups in the order of the prompts."""
@@ -62,14 +86,18 @@ class Requests:
 
     async def _sample(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
         self._count += 1
-        first = len(self._history) - (0 if self.next_version else 1)
+        number, first = self._count, len(self._switches) - 1
         request = {"prompt_token_ids": prompt, "cache_salt": f"rollcast-{self.salt}"}
         outputs: list[Any] = []
-        async for final in self._llm.generate(request, self._params(sampling), f"rollcast-{self._count}"):
-            outputs = final.outputs
-        # Nothing after `first` if the sync that had paused this engine was abandoned.
-        versions = tuple(self._history[first:] or self._history[-1:])
-        return [_completion(output, versions) for output in outputs]
+        self._running.add(number)
+        try:
+            async for final in self._llm.generate(request, self._params(sampling), f"rollcast-{number}"):
+                outputs = final.outputs
+            await self._decided.wait()
+        finally:
+            self._running.discard(number)
+        switches = self._switches[first:]
+        return [_completion(output, spans_of(switches, (number, output.index), output)) for output in outputs]
 
     def _params(self, sampling: Sampling) -> Any:
         from vllm import SamplingParams
@@ -91,7 +119,22 @@ class Requests:
         )
 
 
-def _completion(output: Any, versions: tuple[int, ...]) -> Completion:
+def spans_of(switches: Sequence[Switch], place: tuple[int, int], output: Any) -> tuple[tuple[int, int], ...]:
+    """(version, first token) of a sample that arrived under the first of these and was over after the last."""
+    start, *later = switches
+    spans = [(start.version, 0)]
+    for switch in later:
+        position = switch.tokens.get(place, 0)
+        if position >= len(output.token_ids):
+            break
+        if position == spans[-1][1]:
+            # Not a token in between.
+            spans.pop()
+        spans.append((switch.version, position))
+    return tuple(spans)
+
+
+def _completion(output: Any, spans: tuple[tuple[int, int], ...]) -> Completion:
     tokens = list(output.token_ids)
     logprobs = [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)]
-    return Completion(tokens, logprobs, output.finish_reason or "abort", versions)
+    return Completion(tokens, logprobs, output.finish_reason or "abort", spans)

@@ -124,6 +124,7 @@ async def serve(launch: Launch, ready_fd: int) -> None:
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.ROUTER)
     try:
+        await engine.watch()
         port = socket.bind_to_random_port(f"tcp://{launch.host}")
         with os.fdopen(ready_fd, "w") as ready:
             ready.write(f"tcp://{launch.host}:{port}\n")

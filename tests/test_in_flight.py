@@ -21,23 +21,31 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "facts.json").read_text())
 
 
-def test_keep_freezes_requests_and_they_go_on_under_the_new_version(facts: dict[str, Any]) -> None:
-    assert facts["in_place keep"] == [[LENGTH, LENGTH, "length", [0, 1]]] * 12
-
-
-def test_requests_go_on_while_a_shadow_fills_and_then_under_the_new_version(facts: dict[str, Any]) -> None:
-    assert facts["shadow keep"] == [[LENGTH, LENGTH, "length", [3, 4]]] * 12
+@pytest.mark.parametrize("mode", ["in_place", "shadow"])
+def test_kept_requests_are_cut_at_the_very_token(facts: dict[str, Any], mode: str) -> None:
+    """Before the cut the log-probabilities are the old weights' own; right behind it they are not."""
+    version = {"in_place": 1, "shadow": 4}[mode]
+    behind: list[float] = []
+    for tokens, logprobs, reason, spans, *around in facts[f"{mode} keep"]:
+        assert (tokens, logprobs, reason) == (LENGTH, LENGTH, "length")
+        assert [its[0] for its in spans] in ([version - 1], [version - 1, version], [version])
+        if len(spans) == 2:
+            assert around[0] < 1e-4
+            behind.append(around[1])
+    assert len(behind) >= 12
+    # A single token can happen to be as likely under both.
+    assert sum(difference > 1e-4 for difference in behind) > 0.8 * len(behind)
 
 
 def test_wait_lets_requests_finish_under_the_old_version(facts: dict[str, Any]) -> None:
-    assert facts["in_place wait"] == [[LENGTH, LENGTH, "length", [1]]] * 12
+    assert facts["in_place wait"][:12] == [[LENGTH, LENGTH, "length", [[1, 0]]]] * 12
 
 
 def test_abort_ends_requests_with_what_they_have(facts: dict[str, Any]) -> None:
-    for tokens, logprobs, reason, versions in facts["in_place abort"]:
+    for tokens, logprobs, reason, spans in facts["in_place abort"][:12]:
         assert 0 <= tokens == logprobs < LENGTH
         assert reason == "abort"
-        assert versions[0] == 2
+        assert spans == [[2, 0]]
 
 
 def test_the_old_prefix_cache_serves_nobody(facts: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def answer(request: Generate) -> Reply | None:
     if first == 0:
         return Failed("no zeros please")
     lengths = [len(prompt) for prompt in request.prompts]
-    return Generated([[Completion([n], [0.0], "stop", (0,))] for n in lengths]) if first == 1 else None
+    return Generated([[Completion([n], [0.0], "stop", ((0, 0),))] for n in lengths]) if first == 1 else None
 
 
 @pytest.fixture

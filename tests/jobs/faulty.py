@@ -28,7 +28,7 @@ class FaultyWorker(RollcastWorker):
 
     def rollcast_receive(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, version: int, *arguments: Any
-    ) -> dict[str, float]:
+    ) -> dict[str, dict[str, Any]]:
         fault = FAULT.read_text()
         if fault == "raise":
             try:

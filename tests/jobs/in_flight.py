@@ -3,8 +3,10 @@
 in_flight.py MODEL_FOLDER REPORT.json
 """
 
+import copy
 import json
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,27 +57,52 @@ def in_flight(
     mode: str,
     pause_mode: str,
 ) -> list[list[Any]]:
-    """What becomes of long requests that a sync meets half way."""
-    sampling = rollcast.Sampling(max_tokens=LENGTH, ignore_eos=True, n=4)
-    running = threads.submit(job.pool.generate, PROMPTS, sampling)
+    """What becomes of long requests that a sync meets half way; one batch after the other until it is over."""
+    synced, old = threading.Event(), copy.deepcopy(model)
+    running = threads.submit(generate, job, synced)
     # They have arrived by then, and are far from done on any machine.
     time.sleep(0.3)
     perturb(model, seed=version)
     broadcaster.sync(version=version, mode=mode, pause_mode=pause_mode)
+    synced.set()
     return [
-        [len(sample.token_ids), len(sample.logprobs), sample.finish_reason, sample.versions]
-        for group in running.result()
-        for sample in group
+        [len(sample.token_ids), len(sample.logprobs), sample.finish_reason, sample.spans, *around_cut(old, *pair)]
+        for pair in running.result()
+        for sample in pair[1:]
     ]
+
+
+def generate(job: rollcast.Job, synced: threading.Event) -> list[tuple[list[int], rollcast.Completion]]:
+    sampling = rollcast.Sampling(max_tokens=LENGTH, ignore_eos=True, n=4)
+    pairs: list[tuple[list[int], rollcast.Completion]] = []
+    while not pairs or not synced.is_set():
+        groups = job.pool.generate(PROMPTS, sampling)
+        pairs += [(prompt, sample) for prompt, group in zip(PROMPTS, groups, strict=True) for sample in group]
+    return pairs
+
+
+def around_cut(old: Any, prompt: list[int], sample: rollcast.Completion) -> list[float]:
+    """How far the sample's log-probabilities are from the old weights': before its cut, and at the token behind."""
+    if len(sample.spans) < 2:
+        return []
+    cut = sample.spans[1][1]
+    differences = distances(old, prompt, sample)
+    return [differences[:cut].max().item(), differences[cut].item()]
+
+
+def distances(model: Any, prompt: list[int], sample: rollcast.Completion) -> torch.Tensor:
+    """Of the engine's log-probabilities from the model's own, token by token."""
+    tokens = torch.tensor([prompt + sample.token_ids])
+    with torch.no_grad():
+        logprobs = model(tokens).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+    ours = logprobs.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    return (ours - torch.tensor(sample.logprobs)).abs()
 
 
 def after_switch(job: rollcast.Job, model: torch.nn.Module, prompt: list[int]) -> float:
     """Largest difference of log-probabilities between the engine and the trainer's own forward."""
     ((sample,),) = job.pool.generate([prompt], rollcast.Sampling(max_tokens=16, ignore_eos=True))
-    tokens = torch.tensor([prompt + sample.token_ids])
-    logprobs = model(tokens).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
-    ours = logprobs.gather(1, tokens[0, len(prompt) :, None])[:, 0]
-    return (ours - torch.tensor(sample.logprobs)).abs().max().item()
+    return distances(model, prompt, sample).max().item()
 
 
 def said(call: Any) -> str:
