@@ -69,6 +69,10 @@ class WeightBroadcaster:
             drain(loads)
             raise
 
+    def release(self) -> None:
+        """Let go of the weights' memory; the next `send` finds it again. Buffers are kept."""
+        self._bound = None
+
     def _lay_out(self) -> None:
         """Plan the buffers, for weights as the trainer has them now."""
         if self._bound is not None and self._bound[0] is self._source.steady():

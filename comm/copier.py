@@ -31,19 +31,21 @@ extern "C" __global__ void copy_chunks(const unsigned long long* table) {
 
 
 class FusedCopy:
-    """Copies each source to its target, again and again, with one kernel on CUDA.
+    """Copies each source to its target, again and again; with one kernel what is contiguous on one CUDA device.
 
-    Tensors are contiguous, pairwise of one size and dtype, and stay where they are.
+    Pairs are of one shape and dtype, and stay where they are.
     """
 
     def __init__(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        self._targets, self._sources = list(targets), list(sources)
-        self._chunks = 0
-        if targets and targets[0].is_cuda:
-            rows = [row for pair in zip(targets, sources, strict=True) for row in _chunks(*pair)]
-            self._chunks = len(rows)
-            self._table = torch.tensor(rows, dtype=torch.int64, device=targets[0].device)
-            self._kernel = _kernel()
+        pairs = list(zip(targets, sources, strict=True))
+        rows = [row for pair in pairs if _is_plain(*pair) for row in _chunks(*pair)]
+        others = [pair for pair in pairs if not _is_plain(*pair)]
+        self._targets, self._sources = [target for target, _ in others], [source for _, source in others]
+        self._chunks = len(rows)
+        if rows:
+            device = next(target.device for target in targets if target.is_cuda)
+            self._table = torch.tensor(rows, dtype=torch.int64, device=device)
+            self._kernel = _cupy().RawKernel(KERNEL, "copy_chunks")
 
     def run(self) -> None:
         """Copy, on the current stream."""
@@ -51,20 +53,20 @@ class FusedCopy:
             stream = _cupy().cuda.ExternalStream(torch.cuda.current_stream(self._table.device).cuda_stream)
             with stream:
                 self._kernel((self._chunks,), (THREADS,), (self._table.data_ptr(),))
-        elif self._targets:
+        if self._targets:
             torch._foreach_copy_(self._targets, self._sources)
 
 
 def _chunks(target: torch.Tensor, source: torch.Tensor) -> list[tuple[int, int, int]]:
-    assert target.is_contiguous() and source.is_contiguous() and target.nbytes == source.nbytes
+    assert target.nbytes == source.nbytes
     places = target.data_ptr(), source.data_ptr()
-    assert not any(place % 16 for place in places), "torch gives every tensor at least 256 bytes of alignment"
     starts = range(0, target.nbytes, CHUNK_BYTES)
     return [(places[0] + at, places[1] + at, min(CHUNK_BYTES, target.nbytes - at)) for at in starts]
 
 
-def _kernel() -> Any:
-    return _cupy().RawKernel(KERNEL, "copy_chunks")
+def _is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether the kernel can copy them: it moves 16 bytes at a time."""
+    return all(its.is_cuda and its.is_contiguous() and its.data_ptr() % 16 == 0 for its in tensors)
 
 
 def _cupy() -> Any:

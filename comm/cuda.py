@@ -17,7 +17,7 @@ POLL_SHARE = 0.02
 ASK_S = 0.25
 
 # CUpointer_attribute of the driver's API.
-LEGACY_IPC_CAPABLE, RANGE_START, RANGE_SIZE = 10, 11, 12
+BUFFER_ID, LEGACY_IPC_CAPABLE, RANGE_START, RANGE_SIZE = 7, 10, 11, 12
 # What is smaller shares a block of the driver's with others, and its handle with them.
 BLOCK_BYTES = 2 << 20
 
@@ -61,6 +61,8 @@ class Allocation:
 
     start: int
     nbytes: int
+    number: int
+    """Unique in the process: memory that is freed and given again has another."""
     exportable: bool
     """Whether another process can map it. Memory of torch's expandable segments cannot be mapped this way."""
 
@@ -69,8 +71,8 @@ def allocation(address: int) -> Allocation:
     """The allocation that a device address belongs to."""
     nbytes = _attribute(RANGE_SIZE, address, ctypes.c_size_t)
     capable = bool(_attribute(LEGACY_IPC_CAPABLE, address, ctypes.c_int))
-    start = _attribute(RANGE_START, address, ctypes.c_uint64)
-    return Allocation(start, nbytes, capable and nbytes >= BLOCK_BYTES)
+    start, number = (_attribute(its, address, ctypes.c_uint64) for its in (RANGE_START, BUFFER_ID))
+    return Allocation(start, nbytes, number, capable and nbytes >= BLOCK_BYTES)
 
 
 def exportable_bytes(count: int) -> torch.Tensor:

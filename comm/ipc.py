@@ -6,6 +6,7 @@ two GPUs, faster than NCCL does; within one GPU, where NCCL cannot join at all.
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -29,10 +30,10 @@ MEMCPY_DEFAULT = 4
 class Offer(msgspec.Struct, frozen=True, array_like=True):
     """Where the bytes of one broadcast are."""
 
-    handles: list[bytes]
-    """CUDA IPC handles of whole allocations."""
+    allocations: list[tuple[bytes, int, int, int]]
+    """CUDA IPC handle, address at the sender, bytes, and the sender's number of it."""
     parts: list[tuple[int, int, int]]
-    """Of each tensor: index of its allocation's handle, first byte in the allocation, bytes."""
+    """Of each tensor: index of its allocation, first byte in it, bytes."""
 
 
 class IpcGroup:
@@ -53,7 +54,9 @@ class IpcGroup:
         self._sockets = _listen(store, size, deadline) if rank == 0 else [_call(store, rank, deadline)]
         # A descriptor of its own: the socket stays ours, to be shut down from any thread.
         self._lines = [Connection(os.dup(line.fileno())) for line in self._sockets]
-        self._mapped: dict[bytes, int] = {}
+        # By address, bytes and number at the sender: where its allocations are here.
+        self._mapped: dict[tuple[int, int, int], int] = {}
+        self._mapping = threading.Lock()
         self._stages: dict[int, torch.Tensor] = {}
         self._offered = 0
         self.read = [0] * len(self._lines)
@@ -77,6 +80,9 @@ class IpcGroup:
                 line.shutdown(socket.SHUT_RDWR)
             except OSError:
                 continue
+        # What this side has mapped stays the sender's to use, but not to free.
+        with self._mapping:
+            self._unmap(list(self._mapped))
 
     def left_by(self) -> None:
         """The sender is heard of through its line."""
@@ -131,39 +137,50 @@ class IpcGroup:
         offer = msgspec.msgpack.decode(self.take(0, what="a broadcast over CUDA IPC", deadline=deadline), type=Offer)
         if [nbytes for _, _, nbytes in offer.parts] != [tensor.numel() for tensor in tensors]:
             raise RuntimeError("the sender offers other tensors than this side expects")
-        bases = [self._map(handle) for handle in offer.handles]
         # What is written may be in use by earlier work of the current stream.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         stream, copy = self._stream.cuda_stream, runtime.memcpyAsync
-        for tensor, (handle, offset, nbytes) in zip(tensors, offer.parts, strict=True):
-            copy(tensor.data_ptr(), bases[handle] + offset, nbytes, MEMCPY_DEFAULT, stream)
+        with self._mapping:
+            bases = [self._map(*allocation) for allocation in offer.allocations]
+            for tensor, (place, offset, nbytes) in zip(tensors, offer.parts, strict=True):
+                copy(tensor.data_ptr(), bases[place] + offset, nbytes, MEMCPY_DEFAULT, stream)
         done = torch.cuda.Event()
         done.record(self._stream)
         return ReadWork(self, done)
 
-    def _map(self, handle: bytes) -> int:
+    def _map(self, handle: bytes, start: int, nbytes: int, number: int) -> int:
         """The address here of an allocation of the sender's."""
-        if handle not in self._mapped:
-            self._mapped[handle] = runtime.ipcOpenMemHandle(handle)
-        return self._mapped[handle]
+        key = start, nbytes, number
+        if key not in self._mapped:
+            # Of memory that the sender has freed since, and which CUDA would not map a second time.
+            self._unmap([old for old in self._mapped if old[0] < start + nbytes and start < old[0] + old[1]])
+            self._mapped[key] = runtime.ipcOpenMemHandle(handle)
+        return self._mapped[key]
+
+    def _unmap(self, keys: Sequence[tuple[int, int, int]]) -> None:
+        if keys:
+            self._stream.synchronize()
+        for key in keys:
+            runtime.ipcCloseMemHandle(self._mapped.pop(key))
 
 
 def _describe(tensors: Sequence[torch.Tensor]) -> Offer | None:
     """Where the tensors are; None if one is in memory that others cannot map."""
-    handles: dict[int, int] = {}
-    found: list[bytes] = []
+    indices: dict[int, int] = {}
+    found: list[tuple[bytes, int, int, int]] = []
     parts: list[tuple[int, int, int]] = []
-    place = Allocation(0, 0, exportable=True)
+    place = Allocation(0, 0, 0, exportable=True)
     for tensor in tensors:
         address, nbytes = tensor.data_ptr(), tensor.numel()
         if not place.start <= address < place.start + place.nbytes:
             place = allocation(address)
             if not place.exportable:
                 return None
-            if place.start not in handles:
-                handles[place.start] = len(found)
-                found.append(runtime.ipcGetMemHandle(place.start))
-        parts.append((handles[place.start], address - place.start, nbytes))
+            if place.start not in indices:
+                indices[place.start] = len(found)
+                handle = runtime.ipcGetMemHandle(place.start)
+                found.append((handle, place.start, place.nbytes, place.number))
+        parts.append((indices[place.start], address - place.start, nbytes))
     return Offer(found, parts)
 
 

@@ -72,6 +72,10 @@ class WeightSource:
         """
         return self._tensors if self._places is not None else None
 
+    def release(self) -> None:
+        """Let go of the tensors; the next `current` finds them again."""
+        self._places, self._tensors = None, []
+
     def formats(self) -> list[tuple[torch.dtype, str]]:
         """Dtype and kind of device of each parameter, as the trainer has it."""
         return [(tensor.dtype, tensor.device.type) for tensor in self._tensors]

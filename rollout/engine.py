@@ -11,6 +11,7 @@ import msgspec
 from rollcast.rollout.asides import Asides
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.records import Completion, JoinGroup, Launch, Receive, Sampling, WorkerTimes
+from rollcast.rollout.replies import named
 from rollcast.rollout.requests import Requests
 from rollcast.rollout.scheduling import Scheduling
 from rollcast.rollout.starting import start_llm
@@ -51,7 +52,7 @@ class Engine:
         self._state = State.SERVING
         self._tokens: dict[str, int] = {}
         self._asleep: frozenset[str] = frozenset()
-        self._receiving: asyncio.Task[Any] | None = None
+        self._changing: asyncio.Task[Any] | None = None
         self._received: Receive | None = None
         self._asides = Asides()
 
@@ -84,6 +85,8 @@ class Engine:
     async def watch(self) -> None:
         """Let the workers count tokens from the first request on."""
         await self.call("rollcast_watch")
+        # vLLM asks its processes the first time; later requests then go in without a wait.
+        await self._llm.get_supported_tasks()
 
     async def prepare(self, manifest: bytes) -> list[str]:
         """Let every worker find where the parameters land. The digest of each worker's plan."""
@@ -96,6 +99,9 @@ class Engine:
 
     async def join(self, request: JoinGroup) -> None:
         """Let every worker join the group of its lane."""
+        if self._changing is not None and not self._changing.done():
+            # Of a sync that failed: what it still has to leave must not be the new group.
+            await asyncio.wait([self._changing], timeout=request.timeout_s)
         assignments = [list(msgspec.structs.astuple(assignment)) for assignment in request.assignments]
         arguments = (request.address, assignments, request.walk, request.bucket_bytes, request.timeout_s)
         await self.call("rollcast_join", *arguments)
@@ -104,14 +110,15 @@ class Engine:
         """Receive new weights in all workers. Served when `commit` is called, or at once if `request.alone`."""
         try:
             self._check(request)
-            self._receiving = asyncio.current_task()
+            self._changing = asyncio.current_task()
             phases = await (self._receive_aside(request) if request.mode == "shadow" else self._receive(request))
             self._received = request
             if request.alone:
-                await self.commit(request.version)
+                await self.commit(request.version, timeout_s=request.timeout_s)
         except BaseException:
-            # A sender that waits for these workers must not wait until its deadline.
-            await self.call("rollcast_leave")
+            # A sender that waits for these workers must not wait until its deadline. A dead engine has left already.
+            with contextlib.suppress(Exception):
+                await self.call("rollcast_leave")
             raise
         return [WorkerTimes(request.first_rank + rank, worker) for rank, worker in enumerate(phases)]
 
@@ -131,10 +138,10 @@ class Engine:
     async def _receive(self, request: Receive) -> list[dict[str, float]]:
         """Let the workers receive into the live weights. The engine is torn until `commit`."""
         arguments = (request.version, request.digests, request.verify, request.unchanged, request.timeout_s)
-        outcomes = await self._change("rollcast_receive", *arguments, request=request)
+        outcomes = await self._change("rollcast_receive", *arguments, request=request, timeout_s=request.timeout_s)
         return [outcome["phases_s"] for outcome in outcomes]
 
-    async def _change(self, method: str, *arguments: Any, request: Receive) -> list[Any]:
+    async def _change(self, method: str, *arguments: Any, request: Receive, timeout_s: float) -> list[Any]:
         """Make a call that changes the live weights; what it returns.
 
         vLLM takes the call between two steps and makes none meanwhile, and the call's GPU work is queued behind that
@@ -147,7 +154,7 @@ class Engine:
         try:
             # A cache is cleared while nothing runs.
             if request.pause_mode != "keep" or request.prefix_cache == "clear":
-                await self._scheduling.pause(request.pause_mode, timeout_s=request.timeout_s)
+                await self._scheduling.pause(request.pause_mode, timeout_s=timeout_s)
             self._state = State.RECEIVING
             outcomes = await self.call(method, *arguments)
         except TimeoutError as late:
@@ -155,7 +162,7 @@ class Engine:
         except EngineError:
             # Torn weights must not go on to run. An engine that is dead cannot be paused.
             with contextlib.suppress(Exception):
-                await self._scheduling.pause("keep", timeout_s=request.timeout_s)
+                await self._scheduling.pause("keep", timeout_s=timeout_s)
             raise
         self._tokens = outcomes[0]["tokens"]
         return outcomes
@@ -169,7 +176,7 @@ class Engine:
         except TimeoutError:
             raise EngineError(f"engine {self._index} did not receive within {request.timeout_s:.1f} s") from None
         except RuntimeError as problem:
-            raise EngineError(_named(self._index, str(problem))) from None
+            raise EngineError(named(self._index, str(problem))) from None
         self._state = State.HOLDING
         return phases
 
@@ -177,12 +184,13 @@ class Engine:
         if "weights" in self._asleep:
             raise EngineError(f"engine {self._index} sleeps: its weights cannot be updated before wake_up")
 
-    async def commit(self, version: int) -> None:
+    async def commit(self, version: int, *, timeout_s: float) -> None:
         """All engines have the weights: switch to them, treat the prefix cache, set the version, resume."""
         request = self._received
         assert request is not None and request.version == version
+        self._changing = asyncio.current_task()
         if self._state is State.HOLDING:
-            await self._change("rollcast_apply", request=request)
+            await self._change("rollcast_apply", request=request, timeout_s=timeout_s)
         if request.prefix_cache == "clear" and not await self._scheduling.clear_prefix_cache():
             raise EngineError(f"engine {self._index}: vLLM did not clear its prefix cache")
         self._requests.advance(version, self._tokens)
@@ -193,16 +201,18 @@ class Engine:
 
     async def abandon(self, text: str) -> None:
         """The sync failed somewhere. Untouched weights serve on; torn ones never do."""
-        if self._receiving is not None and not self._receiving.done() and self._state is State.SERVING:
+        if self._changing is not None and not self._changing.done() and self._state in (State.SERVING, State.HOLDING):
             # Still pausing, or receiving beside: it must not go on after this.
-            self._receiving.cancel()
-            await asyncio.wait([self._receiving])
+            self._changing.cancel()
+            await asyncio.wait([self._changing])
         if self._state in (State.SERVING, State.HOLDING):
             self._state = State.SERVING
             self._requests.release()
             await self._scheduling.resume()
             return
         self._state = State.TORN
+        # Nobody may find the keys that torn weights have made.
+        self._requests.salt += 1
         self._requests.refuse(
             f"engine {self._index} holds torn weights and refuses to generate until the next sync: {text}"
         )
@@ -233,11 +243,7 @@ class Engine:
         try:
             outcomes = await self._llm.collective_rpc("rollcast_call", args=(method, args))
         except Exception as error:
-            raise EngineError(_named(self._index, VLLM_WRAPPING.sub("", str(error)))) from error
+            raise EngineError(named(self._index, VLLM_WRAPPING.sub("", str(error)))) from error
         if texts := [text for text, _ in outcomes if text is not None]:
-            raise EngineError(_named(self._index, "; ".join(dict.fromkeys(texts))))
+            raise EngineError(named(self._index, "; ".join(dict.fromkeys(texts))))
         return [result for _, result in outcomes]
-
-
-def _named(engine: int, text: str) -> str:
-    return text if text.startswith(f"engine {engine}") else f"engine {engine}: {text}"

@@ -179,6 +179,7 @@ class Lanes:
             self.groups = own.result()
             collect(joining, deadline=deadline)
         except Exception:
+            own.add_done_callback(_close_late)
             # On rank 0 this ends the store: whoever waits for peers there fails at once.
             self._store = None
             raise
@@ -212,6 +213,13 @@ class Lanes:
         place = lane.workers.index(worker) + 1, len(lane.workers) + 1
         label = f"worker {rank} of engine {engine}"
         return Assignment(lane.index, *place, lane.sender, lane.digest, self._transport(lane), label)
+
+
+def _close_late(joining: "Future[dict[int, Group]]") -> None:
+    """Nobody uses groups that were joined too late."""
+    if not joining.cancelled() and joining.exception() is None:
+        for group in joining.result().values():
+            group.close()
 
 
 def transport_of(lane: Lane, *, config: RolloutConfig, cards: Sequence[Card]) -> str:

@@ -140,6 +140,7 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
     """Every engine has the weights: treat the prefix cache, set the version, resume. Answered by `Done`."""
 
     version: int
+    timeout_s: float
 
 
 class Abandon(msgspec.Struct, frozen=True, tag=True):

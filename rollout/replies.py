@@ -1,7 +1,7 @@
 """What engines answer (trainer ranks)."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TypeVar
 
@@ -11,6 +11,8 @@ from rollcast.rollout.errors import EngineError
 from rollcast.rollout.records import Received, Reply
 
 R = TypeVar("R")
+# Of a sync's timeout: how long an engine may take to say what went wrong.
+WORDS_SHARE = 0.1
 
 
 def collect(futures: "Sequence[Future[Reply]]", *, deadline: Deadline | None = None) -> list[Reply]:
@@ -45,3 +47,18 @@ def worker_reports(replies: Sequence[Reply]) -> list[WorkerReport]:
     return [
         WorkerReport(worker.rank, worker.phases_s) for reply in replies for worker in expect(reply, Received).workers
     ]
+
+
+def words_of(error: Exception | None, receiving: "Sequence[Future[Reply]]", *, timeout_s: float) -> str:
+    """What went wrong in a sync of `timeout_s`, for ranks and user: an engine's own words if it has any."""
+    if error is None:
+        return ""
+    wait(receiving, timeout=timeout_s * WORDS_SHARE)
+    try:
+        collect([future for future in receiving if future.done()])
+    except EngineError as theirs:
+        return str(theirs)
+    silent = [str(engine) for engine, future in enumerate(receiving) if not future.done()]
+    suffix = f"; no answer from engine {', '.join(silent)}" if silent else ""
+    timeout = f" (sync_timeout_s is {timeout_s:g})" if silent else ""
+    return (str(error) or type(error).__name__) + suffix + timeout

@@ -30,8 +30,9 @@ class Requests:
         self._index = index
         self._eos_token_ids = eos_token_ids
         self._count = 0
-        self._switches = [Switch(0, {})]
-        self._running: set[int] = set()
+        self._switch = Switch(0, {})
+        # By request: the switch that it arrived after, and those since.
+        self._running: dict[int, list[Switch]] = {}
         self._waiting: set[asyncio.Task[list[Completion]]] = set()
         self._decided = asyncio.Event()
         self._decided.set()
@@ -43,7 +44,7 @@ class Requests:
     @property
     def version(self) -> int:
         """Policy version of the weights."""
-        return self._switches[-1].version
+        return self._switch.version
 
     def hold(self) -> None:
         """What ends from now on is kept back: it may be of weights that will not be served. Until `release`."""
@@ -59,7 +60,9 @@ class Requests:
             found = ((REQUEST_ID.match(request), count) for request, count in tokens.items())
             places = ((int(its["number"]), int(its["sample"] or 0), count) for its, count in found if its)
             kept = {(number, sample): count for number, sample, count in places if number in self._running}
-            self._switches.append(Switch(version, kept))
+            self._switch = Switch(version, kept)
+            for switches in self._running.values():
+                switches.append(self._switch)
         self.refusal = ""
         self.release()
 
@@ -85,18 +88,19 @@ class Requests:
             task.cancel()
 
     async def _sample(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
+        from vllm.inputs.engine import tokens_input
+
         self._count += 1
-        number, first = self._count, len(self._switches) - 1
-        request = {"prompt_token_ids": prompt, "cache_salt": f"rollcast-{self.salt}"}
-        outputs: list[Any] = []
-        self._running.add(number)
+        number, outputs = self._count, []
+        switches = self._running[number] = [self._switch]
+        # In vLLM's own form, which it takes at once: a request must not meet a switch on its way in.
+        request = tokens_input(prompt, cache_salt=f"rollcast-{self.salt}")
         try:
             async for final in self._llm.generate(request, self._params(sampling), f"rollcast-{number}"):
                 outputs = final.outputs
             await self._decided.wait()
         finally:
-            self._running.discard(number)
-        switches = self._switches[first:]
+            del self._running[number]
         return [_completion(output, spans_of(switches, (number, output.index), output)) for output in outputs]
 
     def _params(self, sampling: Sampling) -> Any:

@@ -102,7 +102,7 @@ class Service:
             case Receive():
                 return Received(await self._engine.receive(request))
             case Commit():
-                await self._engine.commit(request.version)
+                await self._engine.commit(request.version, timeout_s=request.timeout_s)
             case Abandon():
                 await self._engine.abandon(request.text)
             case Describe():

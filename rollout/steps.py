@@ -1,11 +1,7 @@
 """How many tokens each request has when every step launched so far is done (worker)."""
 
-from collections import deque
 from collections.abc import Iterable
 from typing import Any
-
-# Requests that have ended are remembered for as long as their last tokens may be on their way.
-REMEMBERED = 2048
 
 
 class StepWatch:
@@ -18,7 +14,8 @@ class StepWatch:
     def __init__(self) -> None:
         self._prompts: dict[str, int] = {}
         self._made: dict[str, int] = {}
-        self._gone: deque[tuple[str, int]] = deque(maxlen=REMEMBERED)
+        # Ended since the last switch: their last tokens, or those of their siblings, may still be on their way.
+        self._gone: dict[str, int] = {}
         self._last: Any = None
 
     def note(self, scheduled: Any) -> None:
@@ -34,15 +31,16 @@ class StepWatch:
             self._made[new.req_id] = len(getattr(new, "prefill_token_ids", None) or new.prompt_token_ids or ()) - prompt
         for request in scheduled.finished_req_ids:
             self._prompts.pop(request, None)
-            self._gone.append((request, self._made.pop(request, 0)))
+            self._gone[request] = self._made.pop(request, 0)
         self._last = scheduled
 
     def tokens(self) -> dict[str, int]:
-        """Tokens by vLLM's request id, ended requests included; what is missing has not run yet."""
+        """Tokens by vLLM's request id, also of requests that ended since the last call; who is missing has not run."""
         if self._last is not None:
             self._settle(self._last.num_scheduled_tokens.keys())
             self._last = None
-        return dict(self._gone) | self._made
+        gone, self._gone = self._gone, {}
+        return gone | self._made
 
     def _settle(self, requests: Iterable[str]) -> None:
         """Count the tokens that the last step makes for these."""

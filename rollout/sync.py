@@ -1,7 +1,7 @@
 """One sync, from the trainer's call until the engines serve the new version (every trainer rank)."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import replace
 
 from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightBroadcaster, WeightSource
@@ -14,12 +14,11 @@ from rollcast.rollout.lanes import Lanes
 from rollcast.rollout.pool import Pool
 from rollcast.rollout.preflight import Card
 from rollcast.rollout.records import Abandon, Commit, Receive, Reply
-from rollcast.rollout.replies import collect, worker_reports
+from rollcast.rollout.replies import WORDS_SHARE, collect, words_of, worker_reports
 
 # Shares of the sync's timeout. What is left after the wire is for asking the engines what went wrong and for
 # telling the other ranks, so that all of them raise in time.
 WIRE_SHARE = 0.8
-WORDS_SHARE = 0.1
 
 
 class PoolBroadcaster:
@@ -125,6 +124,15 @@ class PoolBroadcaster:
         self.version = version
         return SyncReport.of(version, self._source.manifest.nbytes, timer, workers)
 
+    def release(self) -> None:
+        """Let go of the trainer's weights, which the next `sync` looks up again. Not collective.
+
+        Before the trainer moves its weights off the GPU: their memory is held otherwise.
+        """
+        self._source.release()
+        if self._broadcaster is not None:
+            self._broadcaster.release()
+
     def close(self) -> None:
         """Leave the weight group. Idempotent; `sync` is not possible afterwards."""
         self.closed = True
@@ -211,7 +219,7 @@ class PoolBroadcaster:
     def _conclude(self, version: int, error: Exception | None, receiving: "list[Future[Reply]]", end: Deadline) -> None:
         """Agree on the outcome; commit it, or raise the same `SyncError` on every rank."""
         try:
-            words = self._decide("sent", self._words(error, receiving), end)
+            words = self._decide("sent", words_of(error, receiving, timeout_s=self._config.sync_timeout_s), end)
             if not words and not self._alone:
                 words = self._decide("committed", self._commit(version, end) if self._rank == 0 else "", end)
         except TimeoutError as late:
@@ -222,20 +230,6 @@ class PoolBroadcaster:
                 self._pool.request(engine, Abandon(words))
             raise SyncError(f"sync of version {version} failed: {words}") from error
 
-    def _words(self, error: Exception | None, receiving: "list[Future[Reply]]") -> str:
-        """What to tell the other ranks and the user: an engine's own words where there are any."""
-        if error is None:
-            return ""
-        wait(receiving, timeout=self._config.sync_timeout_s * WORDS_SHARE)
-        try:
-            collect([future for future in receiving if future.done()])
-        except EngineError as theirs:
-            return str(theirs)
-        silent = [str(engine) for engine, future in enumerate(receiving) if not future.done()]
-        suffix = f"; no answer from engine {', '.join(silent)}" if silent else ""
-        timeout = f" (sync_timeout_s is {self._config.sync_timeout_s:g})" if silent else ""
-        return (str(error) or type(error).__name__) + suffix + timeout
-
     @property
     def _alone(self) -> bool:
         """Whether one trainer talks to one engine, whose word is all that a decision would be made of."""
@@ -244,7 +238,7 @@ class PoolBroadcaster:
     def _commit(self, version: int, end: Deadline) -> str:
         deadline = Deadline(max(end.left_s() * (1.0 - WORDS_SHARE), 0.1))
         try:
-            self._pool.ask_all(Commit(version), deadline=deadline)
+            self._pool.ask_all(Commit(version, deadline.left_s()), deadline=deadline)
         except EngineError as error:
             return str(error)
         return ""

@@ -1,0 +1,154 @@
+"""The protocol of the CUDA IPC transport, on host memory: threads, real sockets, a stand-in for the CUDA runtime."""
+
+import contextlib
+import ctypes
+import importlib
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rollcast.comm import Deadline, host_store, join_group
+from rollcast.comm.cuda import Allocation
+
+CPU = torch.device("cpu")
+PAGE = 1 << 12
+
+
+class Runtime:
+    """What the transport asks of CUDA. A handle is the address; allocations are pages, with the numbers given here."""
+
+    def __init__(self) -> None:
+        self.mapped: list[int] = []
+        self.number = 0
+
+    def allocation(self, address: int) -> Allocation:
+        return Allocation(address // PAGE * PAGE, 1 << 20, self.number, exportable=True)
+
+    def ipcGetMemHandle(self, address: int) -> bytes:  # noqa: N802  (CUDA's name)
+        return address.to_bytes(64, "big")
+
+    def ipcOpenMemHandle(self, handle: bytes) -> int:  # noqa: N802
+        self.mapped.append(int.from_bytes(handle, "big"))
+        return self.mapped[-1]
+
+    def ipcCloseMemHandle(self, address: int) -> None:  # noqa: N802
+        self.mapped.remove(address)
+
+    def memcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:  # noqa: N802
+        ctypes.memmove(target, source, nbytes)
+
+
+class Stream:
+    cuda_stream = 0
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    fake = Runtime()
+    packages: dict[str, Any] = {"cupy": ModuleType("cupy"), "cupy.cuda": ModuleType("cupy.cuda")}
+    packages["cupy.cuda"].runtime = fake
+    for name, module in packages.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "rollcast.comm.ipc", raising=False)
+    ipc = importlib.import_module("rollcast.comm.ipc")
+    monkeypatch.setattr(ipc, "allocation", fake.allocation)
+    monkeypatch.setattr(ipc, "gpu_uuid", lambda device: f"GPU-{device}")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    event = SimpleNamespace(record=lambda stream: None, query=lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    yield fake
+    monkeypatch.delitem(sys.modules, "rollcast.comm.ipc", raising=False)
+
+
+class Side:
+    """A sender and its receivers, each with a thread for what blocks."""
+
+    def __init__(self, receivers: int) -> None:
+        self.store, address = host_store("127.0.0.1", timeout_s=20)
+        self.threads = ThreadPoolExecutor(receivers + 1)
+        joining = [
+            self.threads.submit(
+                join_group,
+                "ipc",
+                address if rank else self.store,
+                rank=rank,
+                size=receivers + 1,
+                deadline=Deadline(20),
+                device=CPU,
+                label=f"rank {rank}",
+            )
+            for rank in range(receivers + 1)
+        ]
+        self.sender, *self.receivers = [future.result(20) for future in joining]
+
+    def broadcast(self, source: torch.Tensor) -> list[torch.Tensor]:
+        targets = [torch.zeros_like(source) for _ in self.receivers]
+        reading = [
+            self.threads.submit(lambda group=group, to=to: receive(group, to))
+            for group, to in zip(self.receivers, targets, strict=True)
+        ]
+        receive(self.sender, source)
+        for future in reading:
+            future.result(10)
+        return targets
+
+
+def receive(group: Any, tensor: torch.Tensor) -> None:
+    group.broadcast([tensor], root=0, deadline=Deadline(10)).wait(Deadline(10))
+
+
+def test_every_receiver_reads_what_is_offered(runtime: Runtime) -> None:
+    side = Side(2)
+    for turn in range(5):
+        source = torch.arange(1000, dtype=torch.uint8) + turn
+        assert all(torch.equal(target, source) for target in side.broadcast(source))
+    side.sender.close()
+    for group in side.receivers:
+        group.close()
+        group.close()
+    assert runtime.mapped == []
+
+
+def test_memory_that_was_freed_is_not_kept_mapped(runtime: Runtime) -> None:
+    side = Side(1)
+    source = torch.arange(100, dtype=torch.uint8)
+    side.broadcast(source)
+    side.broadcast(source)
+    assert len(runtime.mapped) == 1
+    runtime.number += 1
+    side.broadcast(source)
+    assert len(runtime.mapped) == 1
+
+
+def test_other_sizes_are_refused(runtime: Runtime) -> None:
+    side = Side(1)
+    reading = side.threads.submit(receive, side.receivers[0], torch.zeros(5, dtype=torch.uint8))
+    side.sender.broadcast([torch.zeros(6, dtype=torch.uint8)], root=0, deadline=Deadline(10))
+    with pytest.raises(RuntimeError, match="other tensors than this side expects"):
+        reading.result(10)
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+def test_a_rank_that_leaves_is_named_at_once(runtime: Runtime, who: str) -> None:
+    side = Side(1)
+    tensor = torch.zeros(5, dtype=torch.uint8)
+    stays, leaves = (side.receivers[0], side.sender) if who == "sender" else (side.sender, side.receivers[0])
+    waiting = side.threads.submit(receive, stays, tensor)
+    time.sleep(0.2)
+    start = time.perf_counter()
+    leaves.close()
+    with pytest.raises(RuntimeError, match=f"rank {leaves.rank} left the weight group"):
+        waiting.result(10)
+    assert time.perf_counter() - start < 1.0
