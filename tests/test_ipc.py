@@ -30,17 +30,17 @@ class Runtime:
     def allocation(self, address: int) -> Allocation:
         return Allocation(address // PAGE * PAGE, 1 << 20, self.number, exportable=True)
 
-    def ipcGetMemHandle(self, address: int) -> bytes:  # noqa: N802  (CUDA's name)
+    def ipcGetMemHandle(self, address: int) -> bytes:
         return address.to_bytes(64, "big")
 
-    def ipcOpenMemHandle(self, handle: bytes) -> int:  # noqa: N802
+    def ipcOpenMemHandle(self, handle: bytes) -> int:
         self.mapped.append(int.from_bytes(handle, "big"))
         return self.mapped[-1]
 
-    def ipcCloseMemHandle(self, address: int) -> None:  # noqa: N802
+    def ipcCloseMemHandle(self, address: int) -> None:
         self.mapped.remove(address)
 
-    def memcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:  # noqa: N802
+    def memcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         ctypes.memmove(target, source, nbytes)
 
 
