@@ -16,7 +16,8 @@ from latency_native import native
 from rollcast.comm import Deadline
 from rollcast.comm.region import flat_bytes
 
-MAX_BUFFER_BYTES = 20 << 30
+# Of a GPU's memory: the buffer is beside the weights, their shadow and the KV cache.
+MAX_BUFFER_SHARE = 1 / 8
 CHUNK_BYTES = 4 << 30
 # For the worker, which has greeted, to post the next broadcast as well.
 POST_S = 0.001
@@ -53,7 +54,9 @@ def rollcast_ipc(bench: Bench) -> Iterator[Run]:
 @contextmanager
 def raw(bench: Bench, *, call: bool) -> Iterator[Run]:
     """One broadcast of as many bytes; `call` counts the control call that makes the worker receive."""
-    sizes = chunks(bench.nbytes)
+    on_gpu = bench.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(bench.device).total_memory if on_gpu else None
+    sizes = chunks(bench.nbytes, memory=memory)
     buffer = torch.zeros(max(sizes), dtype=torch.uint8, device=bench.device)
     try:
         yield partial(broadcast, bench, sizes=sizes, buffer=buffer, call=call)
@@ -61,9 +64,9 @@ def raw(bench: Bench, *, call: bool) -> Iterator[Run]:
         bench.close_group()
 
 
-def chunks(nbytes: int) -> list[int]:
+def chunks(nbytes: int, *, memory: int | None) -> list[int]:
     """Sizes of the broadcasts: one, unless a buffer of as many bytes leaves an engine no memory."""
-    if nbytes <= MAX_BUFFER_BYTES:
+    if memory is None or nbytes <= memory * MAX_BUFFER_SHARE:
         return [nbytes]
     whole, rest = divmod(nbytes, CHUNK_BYTES)
     return [CHUNK_BYTES] * whole + [rest] * bool(rest)

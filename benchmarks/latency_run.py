@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,9 @@ class Runner:
         self._options = options
         on_gpus = torch.cuda.device_count() > 0 if options.device == "auto" else options.device == "cuda"
         self._device = "cuda" if on_gpus else "cpu"
+        self.told_to_end = False
+        """Whether somebody has lost patience: what is known by then is the result."""
+        signal.signal(signal.SIGTERM, self._end)
         self.machine: dict[str, Any] = cpu_card() | (gpu_card(_gpus()[:RANKS]) if on_gpus else {})
 
     def run(self, model: str, *, ceilings: bool) -> Found:
@@ -135,8 +139,15 @@ class Runner:
             return f"the job ended with code {process.wait(timeout_s)} before this was measured"
         except subprocess.TimeoutExpired:
             return f"the job did not end within {timeout_s:.0f} s"
+        except InterruptedError:
+            return "the benchmark was told to end before this was measured"
         finally:
             _stop(process)
+
+    def _end(self, *_: object) -> None:
+        if not self.told_to_end:
+            self.told_to_end = True
+            raise InterruptedError
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

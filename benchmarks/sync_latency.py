@@ -3,6 +3,7 @@
     python benchmarks/sync_latency.py --models qwen3-0.6b,qwen3-8b [--json FILE] [--plot FILE.png]
 
 Starts one torchrun job for each model: rank 0 trains, rank 1 runs a vLLM engine. The last line is one JSON document.
+On SIGTERM the job is stopped, and the document has what was measured by then.
 """
 
 import argparse
@@ -60,6 +61,8 @@ def measure(options: argparse.Namespace, *, command: str) -> dict[str, Any]:
         document["results"] += with_ratios(found.rows)
         if options.json:
             options.json.write_text(json.dumps(document, indent=1) + "\n")
+        if runner.told_to_end:
+            break
     return document
 
 

@@ -52,6 +52,24 @@ def test_every_method_is_measured_or_says_why_not(document: dict[str, Any]) -> N
     assert {row["method"]: row["error"] for row in rows if "error" in row} == REASONS
 
 
+def test_what_is_measured_by_the_time_it_is_told_to_end_is_not_lost(folder: Path) -> None:
+    flags = ("--device", "cpu", "--models", "tiny,tiny-moe", "--methods", "rollcast,rpc-per-tensor", "--decode", "0")
+    path = folder / "cut.json"
+    command = [sys.executable, SCRIPT, *flags, "--repeats", "20", "--max-seconds", "2", "--json", path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stdout is not None
+        for line in process.stderr:
+            if "tiny, rollcast" in line:
+                process.terminate()
+                break
+        document = json.loads(process.stdout.read().splitlines()[-1])
+    assert process.returncode == 0
+    measured, missing = document["results"]
+    assert measured["method"] == "rollcast" and measured["p50_s"] > 0
+    assert missing["method"] == "rpc-per-tensor" and "told to end" in missing["error"]
+    assert json.loads(path.read_text()) == document
+
+
 def test_times_hold_together(document: dict[str, Any]) -> None:
     for row in timed(document):
         assert 0 < row["min_s"] <= row["p50_s"] <= row["p95_s"] <= row["max_s"], row
