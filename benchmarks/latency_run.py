@@ -20,8 +20,7 @@ from latency_stats import Row
 from machine_card import cpu_card, gpu_card
 from torch.cuda.nccl import version as nccl_version
 
-from rollcast.comm.gpus import visible_gpus
-from rollcast.rollout.preflight import installed_vllm, select_visible
+from rollcast.rollout.preflight import installed_vllm, usable_gpus
 
 HERE = Path(__file__).parent
 RANKS = 2
@@ -67,7 +66,7 @@ class Runner:
         self.told_to_end = False
         """Whether somebody has lost patience: what is known by then is the result."""
         signal.signal(signal.SIGTERM, self._end)
-        self.machine: dict[str, Any] = cpu_card() | (gpu_card(_gpus()[:RANKS]) if on_gpus else {})
+        self.machine: dict[str, Any] = cpu_card() | (gpu_card(usable_gpus()[:RANKS]) if on_gpus else {})
 
     def run(self, model: str, *, ceilings: bool) -> Found:
         """Measure one model. Every method has a row in the end, if only to say why it has no numbers."""
@@ -159,8 +158,3 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _gpus() -> list[str]:
-    """UUIDs of the GPUs that the jobs will see."""
-    return select_visible(visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))

@@ -17,12 +17,11 @@ from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]  (CUDA ma
 from torch import distributed as dist
 
 from rollcast.comm.buckets import aligned
-from rollcast.comm.cuda import ASK_S, Allocation, EventWork, allocation, exportable_bytes
+from rollcast.comm.cuda import ASK_S, POLL_S, Allocation, EventWork, allocation, exportable_bytes
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.gpus import gpu_uuid
 from rollcast.comm.peers import Peer, PeerError, host_name, meet
 
-POLL_S = 20e-6
 ACK = b"read"
 MEMCPY_DEFAULT = 4
 
@@ -89,7 +88,7 @@ class IpcGroup:
 
     def take(self, line: int, *, what: str, deadline: Deadline) -> bytes:
         """The next message of a peer. Raises `RuntimeError` if it has left."""
-        peer = self._peers[line + 1 if self.rank == 0 else 0].name
+        peer = self._peer(line)
         try:
             while not self._lines[line].poll(0):
                 if self.closed:
@@ -105,8 +104,11 @@ class IpcGroup:
         try:
             self._lines[line].send_bytes(message)
         except OSError:
-            peer = self._peers[line + 1 if self.rank == 0 else 0].name
-            raise RuntimeError(f"{peer} left the weight group") from None
+            raise RuntimeError(f"{self._peer(line)} left the weight group") from None
+
+    def _peer(self, line: int) -> str:
+        """Who is at the other end."""
+        return self._peers[line + 1 if self.rank == 0 else 0].name
 
     def _offer(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> "OfferWork":
         offer = _describe(tensors)

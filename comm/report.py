@@ -50,9 +50,9 @@ class SyncReport:
     nbytes: int
     """Bytes of weights, counted once, whatever the number of workers."""
     phases_s: Mapping[str, float]
-    """Seconds by phase. On the trainer: `plan` (agree, pause, make or check the lanes), `gather` (full tensors
+    """Seconds by phase. On the trainer: `plan` (agree, make or check the lanes), `gather` (full tensors
     from shards), `pack` (cast and copy into buckets), `wire` (waiting for broadcasts), `control` (waiting for
-    the engines' answers, resume), `verify` (checksums). From the slowest worker: `apply`. `total` is from call to
+    the engines' answers), `verify` (checksums). From the slowest worker: `apply`. `total` is from call to
     return."""
     workers: tuple[WorkerReport, ...] = field(default=())
     gpus: tuple[GpuReport, ...] = field(default=())

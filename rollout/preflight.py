@@ -153,7 +153,7 @@ def this_card(world: World, *, device: str) -> Card:
     if device == "cpu":
         return Card(host, None, 0, reachable_host(world.master_addr))
     try:
-        uuids = select_visible(gpus.visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        uuids = usable_gpus()
         gpu = uuids[world.gpu_index] if world.gpu_index < len(uuids) else None
         state = gpus.gpu_state(gpu) if gpu else None
         links = {other: gpus.gpu_link(gpu, other) for other in uuids if gpu and other != gpu}
@@ -162,6 +162,11 @@ def this_card(world: World, *, device: str) -> Card:
     free, used = (state.free_bytes, state.used_bytes) if state else (0, 0)
     address, settings = reachable_host(world.master_addr), nccl_settings()
     return Card(host, gpu, len(uuids), address, settings, free_bytes=free, used_bytes=used, links=links)
+
+
+def usable_gpus() -> list[str]:
+    """UUIDs of the GPUs that this process may use, in torch's order. Creates no CUDA context."""
+    return select_visible(gpus.visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def select_visible(uuids: Sequence[str], visible: str | None) -> list[str]:

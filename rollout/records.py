@@ -110,7 +110,7 @@ class Receive(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     first_rank: int
     """Number of the engine's first worker among those of all engines, from 1."""
     mode: str
-    """"in_place": pause, then receive into the live weights; the engine is torn until `Commit`. "shadow": receive
+    """"in_place": receive into the live weights; the engine is torn until `Commit`. "shadow": receive
     into spare memory while the engine decodes."""
     pause_mode: str
     prefix_cache: str

@@ -27,7 +27,7 @@ class PoolBroadcaster:
         broadcaster = job.broadcaster(model)
         report = broadcaster.sync(version=step + 1)      # on every trainer rank
 
-    The order is fixed: agree, pause, receive everywhere, agree, then prefix cache, version and resume. A sync
+    The order is fixed: agree, receive everywhere, agree, then switch, prefix cache and version. A sync
     that fails anywhere raises `SyncError` on every trainer rank within `sync_timeout_s`; engines with torn
     weights refuse to generate, and the next `sync` joins a new group and sends everything again.
     """
