@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import re
+from collections.abc import Coroutine
 from enum import Enum
 from typing import Any
 
 import msgspec
 
-from rollcast.rollout.asides import Asides
+from rollcast.rollout.bells import Bells
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.records import Completion, JoinGroup, Launch, Receive, Sampling, WorkerTimes
 from rollcast.rollout.replies import named
@@ -44,8 +45,9 @@ class Engine:
     paused and requests are refused instead of served with torn weights.
     """
 
-    def __init__(self, llm: Any, *, index: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, llm: Any, *, index: int, eos_token_ids: tuple[int, ...], workers: int) -> None:
         self._llm = llm
+        self._workers = workers
         self._index = index
         self._requests = Requests(llm, index=index, eos_token_ids=eos_token_ids)
         self._scheduling = Scheduling(llm)
@@ -53,13 +55,15 @@ class Engine:
         self._tokens: dict[str, int] = {}
         self._asleep: frozenset[str] = frozenset()
         self._changing: asyncio.Task[Any] | None = None
+        self._attempts: set[asyncio.Task[None]] = set()
         self._received: Receive | None = None
-        self._asides = Asides()
+        self._bells = Bells(workers)
 
     @classmethod
     def start(cls, launch: Launch) -> "Engine":
         """Start vLLM's processes and load the model. Blocks until the engine is ready."""
-        return cls(start_llm(launch), index=launch.engine, eos_token_ids=launch.eos_token_ids)
+        its: dict[str, Any] = {"index": launch.engine, "eos_token_ids": launch.eos_token_ids}
+        return cls(start_llm(launch), workers=launch.tensor_parallel_size, **its)
 
     @property
     def version(self) -> int:
@@ -68,7 +72,7 @@ class Engine:
 
     @property
     def torn(self) -> str | None:
-        """Why the engine refuses to generate, if it does."""
+        """Why it refuses to generate, if so."""
         return self._requests.refusal or None
 
     @property
@@ -84,7 +88,7 @@ class Engine:
 
     async def watch(self) -> None:
         """Let the workers count tokens from the first request on."""
-        await self.call("rollcast_watch")
+        await self.call("rollcast_watch", await self._bells.open(), self._workers)
         # vLLM asks its processes the first time; later requests then go in without a wait.
         await self._llm.get_supported_tasks()
 
@@ -92,10 +96,6 @@ class Engine:
         """Let every worker find where the parameters land. The digest of each worker's plan."""
         self._refuse_asleep()
         return await self.call("rollcast_prepare", manifest)
-
-    async def describe_landing(self) -> list[bytes]:
-        """Each worker's landing plan."""
-        return await self.call("rollcast_describe_landing")
 
     async def join(self, request: JoinGroup) -> None:
         """Let every worker join the group of its lane."""
@@ -111,16 +111,26 @@ class Engine:
         try:
             self._check(request)
             self._changing = asyncio.current_task()
-            phases = await (self._receive_aside(request) if request.mode == "shadow" else self._receive(request))
+            phases = await self._receive(request)
             self._received = request
             if request.alone:
                 await self.commit(request.version, timeout_s=request.timeout_s)
         except BaseException:
-            # A sender that waits for these workers must not wait until its deadline. A dead engine has left already.
-            with contextlib.suppress(Exception):
-                await self.call("rollcast_leave")
+            # vLLM may be held up by workers that still receive, until the sender hears of this.
+            self._in_time(self.call("rollcast_leave"))
             raise
         return [WorkerTimes(request.first_rank + rank, worker) for rank, worker in enumerate(phases)]
+
+    def _in_time(self, act: Coroutine[Any, Any, Any]) -> None:
+        """Do something that need not be waited for. An engine that is dead does nothing."""
+
+        async def attempt() -> None:
+            with contextlib.suppress(Exception):
+                await act
+
+        task = asyncio.create_task(attempt())
+        self._attempts.add(task)
+        task.add_done_callback(self._attempts.discard)
 
     def _check(self, request: Receive) -> None:
         # The same version once more: the trainer has not heard that it has arrived.
@@ -136,16 +146,22 @@ class Engine:
             raise EngineError(f"engine {self._index} has no weights to serve meanwhile: sync in place after a failure")
 
     async def _receive(self, request: Receive) -> list[dict[str, float]]:
-        """Let the workers receive into the live weights. The engine is torn until `commit`."""
-        arguments = (request.version, request.digests, request.verify, request.unchanged, request.timeout_s)
-        outcomes = await self._change("rollcast_receive", *arguments, request=request, timeout_s=request.timeout_s)
+        """Let the workers receive: into the live weights, torn until `commit`, or beside them while they decode."""
+        arguments: list[Any] = [request.version, request.digests, request.verify]
+        if request.mode == "shadow":
+            outcomes = await self._ring("rollcast_receive_aside", *arguments, request.timeout_s)
+            self._state = State.HOLDING
+        else:
+            arguments += [request.unchanged, request.timeout_s]
+            outcomes = await self._change("rollcast_receive", *arguments, request=request, timeout_s=request.timeout_s)
         return [outcome["phases_s"] for outcome in outcomes]
 
     async def _change(self, method: str, *arguments: Any, request: Receive, timeout_s: float) -> list[Any]:
         """Make a call that changes the live weights; what it returns.
 
-        vLLM takes the call between two steps and makes none meanwhile, and the call's GPU work is queued behind that
-        of the step under way. So requests need no pause to be kept; what ends from here on is held until `commit`.
+        It is made between two steps of the workers, which make none meanwhile, and its GPU work is queued behind
+        that of the step under way. So requests need no pause to be kept; what ends from here on is held until
+        `commit`.
         """
         self._requests.hold()
         if request.prefix_cache == "salt":
@@ -156,29 +172,15 @@ class Engine:
             if request.pause_mode != "keep" or request.prefix_cache == "clear":
                 await self._scheduling.pause(request.pause_mode, timeout_s=timeout_s)
             self._state = State.RECEIVING
-            outcomes = await self.call(method, *arguments)
+            outcomes = await self._ring(method, *arguments)
         except TimeoutError as late:
             raise EngineError(f"engine {self._index} {late}") from None
         except EngineError:
-            # Torn weights must not go on to run. An engine that is dead cannot be paused.
-            with contextlib.suppress(Exception):
-                await self._scheduling.pause("keep", timeout_s=timeout_s)
+            # Torn weights must not go on to run.
+            self._in_time(self._scheduling.pause("keep", timeout_s=timeout_s))
             raise
         self._tokens = outcomes[0]["tokens"]
         return outcomes
-
-    async def _receive_aside(self, request: Receive) -> list[dict[str, float]]:
-        """Let the workers receive into spare memory while the engine decodes; each says when it is done."""
-        arguments = (request.version, request.digests, request.verify, request.timeout_s, self._asides.begin())
-        workers = len(await self.call("rollcast_receive_aside", *arguments))
-        try:
-            phases = await self._asides.collect(workers, timeout_s=request.timeout_s)
-        except TimeoutError:
-            raise EngineError(f"engine {self._index} did not receive within {request.timeout_s:.1f} s") from None
-        except RuntimeError as problem:
-            raise EngineError(named(self._index, str(problem))) from None
-        self._state = State.HOLDING
-        return phases
 
     def _refuse_asleep(self) -> None:
         if "weights" in self._asleep:
@@ -190,7 +192,7 @@ class Engine:
         assert request is not None and request.version == version
         self._changing = asyncio.current_task()
         if self._state is State.HOLDING:
-            await self._change("rollcast_apply", request=request, timeout_s=timeout_s)
+            await self._change("rollcast_apply", timeout_s, request=request, timeout_s=timeout_s)
         if request.prefix_cache == "clear" and not await self._scheduling.clear_prefix_cache():
             raise EngineError(f"engine {self._index}: vLLM did not clear its prefix cache")
         self._requests.advance(version, self._tokens)
@@ -230,10 +232,6 @@ class Engine:
         await self._llm.wake_up(tags=tags or None)
         self._asleep = self._asleep - set(tags) if tags else frozenset()
 
-    async def fingerprint(self) -> list[dict[str, str]]:
-        """Hashes of every live tensor, for each worker."""
-        return await self.call("rollcast_fingerprint")
-
     def shutdown(self) -> None:
         """Stop vLLM's processes."""
         self._llm.shutdown()
@@ -247,3 +245,10 @@ class Engine:
         if texts := [text for text, _ in outcomes if text is not None]:
             raise EngineError(named(self._index, "; ".join(dict.fromkeys(texts))))
         return [result for _, result in outcomes]
+
+    async def _ring(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker at once, whatever vLLM is doing; else as `call`."""
+        try:
+            return await self._bells.ring(method, *args)
+        except RuntimeError as problem:
+            raise EngineError(named(self._index, str(problem))) from None

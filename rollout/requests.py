@@ -47,7 +47,10 @@ class Requests:
         return self._switch.version
 
     def hold(self) -> None:
-        """What ends from now on is kept back: it may be of weights that will not be served. Until `release`."""
+        """The weights change: what ends from now on may be of some that will not be served, and is kept back.
+
+        What arrives is kept back, too: it must not begin before the change. Until `release`.
+        """
         self._decided.clear()
 
     def release(self) -> None:
@@ -90,6 +93,7 @@ class Requests:
     async def _sample(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
         from vllm.inputs.engine import tokens_input
 
+        await self._decided.wait()
         self._count += 1
         number, outputs = self._count, []
         switches = self._running[number] = [self._switch]

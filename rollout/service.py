@@ -96,7 +96,7 @@ class Service:
             case Prepare():
                 return Prepared(await self._engine.prepare(request.manifest))
             case DescribeLanding():
-                return LandingPlans(await self._engine.describe_landing())
+                return LandingPlans(await self._engine.call("rollcast_describe_landing"))
             case JoinGroup():
                 await self._engine.join(request)
             case Receive():
@@ -114,7 +114,7 @@ class Service:
             case Call():
                 return Called(await self._engine.call(request.method, *request.args))
             case Fingerprint():
-                return Fingerprints(await self._engine.fingerprint())
+                return Fingerprints(await self._engine.call("rollcast_fingerprint"))
         return Done()
 
 

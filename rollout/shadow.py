@@ -1,8 +1,5 @@
 """New weights beside the ones that serve: received while the engine decodes, switched to in one pass (worker)."""
 
-import contextlib
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,65 +68,38 @@ class ShadowLanding:
 
 
 class Shadow:
-    """Receives on a thread and a stream of its own, one sync at a time."""
+    """Receives beside decoding, one sync at a time (the bell's thread, on a stream of its own)."""
 
     def __init__(self, landing: LiveLanding, lane: Lane, *, device: torch.device) -> None:
         self._landing = ShadowLanding(landing, lane, device=device)
         self._receiver = WeightReceiver(lane, self._landing, device=device)
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread: threading.Thread | None = None
+        self._switched: Any = None
         self._arrived = False
 
-    def receive(
-        self, group: Group, *, verify: str, timeout_s: float, report: Callable[[str, dict[str, float]], None]
-    ) -> None:
-        """Start to receive; `report` is called on the thread with (problem or "", seconds by phase) at the end."""
-        if self._thread is not None:
-            # Of a sync that failed: its group is closed, so it ends.
-            self._thread.join(timeout_s)
+    def receive(self, group: Group, *, verify: str, deadline: Deadline) -> dict[str, float]:
+        """Receive; return the seconds by phase. Not served before `apply`."""
         self._arrived = False
-        if self._stream is not None:
+        timer = PhaseTimer()
+        if self._switched is not None:
             # The last switch may still read what is now received into.
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        arguments = (group, verify, Deadline(timeout_s), report)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="rollcast-shadow", daemon=True)
-        self._thread.start()
+            torch.cuda.current_stream(self._device).wait_event(self._switched)
+        self._receiver.receive(group, deadline=deadline, timer=timer, checksums=verify != "none")
+        if verify == "full":
+            self._receiver.confirm(group, deadline=deadline, timer=timer)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self._arrived = True
+        return timer.phases_s | {"total": timer.total_s()}
 
     def apply(self) -> None:
-        """Switch to what has arrived."""
+        """Switch to what has arrived, on the current stream."""
         if not self._arrived:
             raise RuntimeError("there is nothing complete to switch to")
         self._arrived = False
-        with torch.no_grad():
-            self._landing.apply()
-
-    def _run(
-        self, group: Group, verify: str, deadline: Deadline, report: Callable[[str, dict[str, float]], None]
-    ) -> None:
-        timer = PhaseTimer()
-        try:
-            with torch.no_grad(), self._aside():
-                self._receiver.receive(group, deadline=deadline, timer=timer, checksums=verify != "none")
-                if verify == "full":
-                    self._receiver.confirm(group, deadline=deadline, timer=timer)
-                if self._stream is not None:
-                    self._stream.synchronize()
-        except Exception as error:
-            group.close()
-            report(str(error) or type(error).__name__, {})
-            return
-        self._arrived = True
-        report("", timer.phases_s | {"total": timer.total_s()})
-
-    @contextlib.contextmanager
-    def _aside(self) -> Any:
-        """This thread's GPU work does not queue behind the decoding."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            yield
+        self._landing.apply()
+        if self._device.type == "cuda":
+            self._switched = torch.cuda.current_stream(self._device).record_event()
 
 
 def _make_sure_it_fits(nbytes: int, device: torch.device) -> None:

@@ -1,0 +1,161 @@
+"""What a sync does in a vLLM worker (every tensor-parallel rank of every engine)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from rollcast.comm import Deadline, Group, Lane, Manifest, PhaseTimer, WeightReceiver
+from rollcast.rollout.bells import Bell
+from rollcast.rollout.compiler import compile_landing
+from rollcast.rollout.gate import Gate
+from rollcast.rollout.hashes import hashes, raise_if_changed
+from rollcast.rollout.landing import LandingPlan
+from rollcast.rollout.live import LiveLanding
+from rollcast.rollout.shadow import Shadow
+from rollcast.rollout.tape import LandingError
+
+
+class SyncedWorker:
+    """The part of `RollcastWorker` that the bell calls, on its own thread."""
+
+    rollcast_group: Group | None = None
+    rollcast_gate: Gate | None = None
+    rollcast_bell: Bell
+    rollcast_landing: LiveLanding
+    rollcast_receiver: WeightReceiver
+    rollcast_shadow: Shadow | None = None
+
+    def rollcast_receive(
+        self, version: int, digests: list[str], verify: str, unchanged: bool, timeout_s: float
+    ) -> dict[str, dict[str, Any]]:
+        """Receive one sync into the live parameters. Collective over the lane.
+
+        Returns "phases_s" and "tokens": of each request, how many are of the old weights.
+
+        `digests` are those of the lanes of the engine's workers; with `unchanged` no tensor may change. On any
+        failure the worker leaves the group, which makes the sender fail at once, and the parameters are a mixture
+        until a later sync succeeds.
+        """
+        timer, deadline = PhaseTimer(), Deadline(timeout_s)
+        with self._rollcast_leaving(), self._rollcast_between_steps(deadline) as gate, gate.beside() as stream:
+            gate.follow(stream)
+            group = self._rollcast_ready(version, digests)
+            before = hashes(self._rollcast_model()) if unchanged else {}
+            self.rollcast_receiver.receive(group, deadline=deadline, timer=timer, checksums=verify != "none")
+            if verify == "full":
+                self.rollcast_receiver.confirm(group, deadline=deadline, timer=timer)
+            if unchanged:
+                raise_if_changed(before, hashes(self._rollcast_model()))
+            if stream is not None:
+                # Before the next step begins: nothing else orders it after this stream.
+                stream.synchronize()
+            phases_s = timer.phases_s | {"total": timer.total_s()}
+            return {"phases_s": phases_s, "tokens": gate.steps.tokens()}
+
+    def rollcast_receive_aside(
+        self, version: int, digests: list[str], verify: str, timeout_s: float
+    ) -> dict[str, dict[str, Any]]:
+        """Receive one sync into spare memory while the engine decodes. Collective over the lane.
+
+        Returns "phases_s". Raises `LandingError` if the memory is not there.
+        """
+        worker: Any = self
+        deadline = Deadline(timeout_s)
+        with self._rollcast_leaving():
+            with self._rollcast_between_steps(deadline) as gate:
+                group = self._rollcast_ready(version, digests)
+                if self.rollcast_shadow is None:
+                    lane = self.rollcast_receiver.lane
+                    self.rollcast_shadow = Shadow(self.rollcast_landing, lane, device=worker.device)
+            with gate.beside(), torch.no_grad():
+                return {"phases_s": self.rollcast_shadow.receive(group, verify=verify, deadline=deadline)}
+
+    def rollcast_apply(self, timeout_s: float) -> dict[str, dict[str, Any]]:
+        """Switch to the weights that have been received aside. Later GPU work of this worker uses them.
+
+        Returns "tokens", as `rollcast_receive` does.
+        """
+        with self._rollcast_between_steps(Deadline(timeout_s)) as gate:
+            if self.rollcast_shadow is None or self.rollcast_landing.moved(self._rollcast_model()) is not None:
+                raise RuntimeError("the weights were moved while new ones were received: sync again")
+            with gate.in_line():
+                self.rollcast_shadow.apply()
+            return {"tokens": gate.steps.tokens()}
+
+    def rollcast_leave(self) -> None:
+        """Leave the weight group. Idempotent."""
+        if self.rollcast_group is not None:
+            self.rollcast_group.close()
+            self.rollcast_group = None
+
+    @contextmanager
+    def _rollcast_between_steps(self, deadline: Deadline) -> Iterator[Gate]:
+        """On the bell's thread: vLLM begins nothing meanwhile."""
+        gate = self.rollcast_gate
+        assert gate is not None
+        closed = gate.closed(partial(self.rollcast_bell.agree, deadline=deadline), deadline=deadline)
+        with closed, torch.no_grad(), self._rollcast_settings():
+            yield gate
+
+    @contextmanager
+    def _rollcast_leaving(self) -> Iterator[None]:
+        """If it fails, leave the group: that of now, for a later sync may join another."""
+        group = self.rollcast_group
+        try:
+            yield
+        except BaseException:
+            if group is not None:
+                group.close()
+            if self.rollcast_group is group:
+                self.rollcast_group = None
+            raise
+
+    def _rollcast_model(self) -> nn.Module:
+        worker: Any = self
+        return worker.model_runner.get_model()
+
+    def _rollcast_dtype(self) -> torch.dtype:
+        worker: Any = self
+        return worker.model_config.dtype
+
+    def _rollcast_settings(self) -> Any:
+        """vLLM's loaders and kernels ask for the configuration of the moment."""
+        from vllm.config import set_current_vllm_config
+
+        worker: Any = self
+        return set_current_vllm_config(worker.vllm_config)
+
+    def _rollcast_compile(self, manifest: Manifest) -> LandingPlan:
+        with self._rollcast_settings():
+            return compile_landing(self._rollcast_model(), manifest, dtype=self._rollcast_dtype())
+
+    def _rollcast_follow(self) -> None:
+        """Find the live tensors again if vLLM has moved any since the last sync."""
+        moved = self.rollcast_landing.moved(self._rollcast_model())
+        if moved is None:
+            return
+        known = self.rollcast_landing.plan
+        plan = self._rollcast_compile(known.manifest)
+        if plan.digest != known.digest:
+            raise LandingError(f"{moved} was replaced and the weights now land elsewhere: sync again to plan anew")
+        self.rollcast_landing = LiveLanding(plan, self._rollcast_model(), dtype=self._rollcast_dtype())
+        self._rollcast_bind(self.rollcast_receiver.lane)
+
+    def _rollcast_bind(self, lane: Lane) -> None:
+        worker: Any = self
+        self.rollcast_receiver = WeightReceiver(lane, self.rollcast_landing, device=worker.device)
+        self.rollcast_shadow = None
+
+    def _rollcast_ready(self, version: int, digests: list[str]) -> Group:
+        """The group, if this worker can receive the sync that was announced."""
+        worker: Any = self
+        if self.rollcast_group is None:
+            raise RuntimeError("this worker is not in the weight group")
+        self._rollcast_follow()
+        if self.rollcast_receiver.lane.digest != digests[worker.rank]:
+            raise ValueError(f"version {version} was announced with another plan than the one joined with")
+        return self.rollcast_group
