@@ -39,11 +39,11 @@ def rollcast(bench: Bench, *, mode: str | None) -> Iterator[Run]:
 
 
 @contextmanager
-def rollcast_ipc(bench: Bench) -> Iterator[Run]:
-    """The same by CUDA IPC: the worker reads the trainer's memory."""
+def rollcast_nccl(bench: Bench) -> Iterator[Run]:
+    """The same by NCCL, as between machines."""
     if bench.device.type != "cuda":
-        raise RuntimeError("CUDA IPC needs CUDA")
-    bench.travel("ipc")
+        raise RuntimeError("NCCL needs CUDA")
+    bench.travel("nccl")
     try:
         with rollcast(bench, mode=None) as run:
             yield run
@@ -131,5 +131,5 @@ TABLE: dict[str, Method] = {
     "vllm-native-packed": partial(native, packed=True),
     "vllm-native-per-tensor": partial(native, packed=False),
     "checkpoint-engine": checkpoint_engine,
-    "rollcast-ipc": rollcast_ipc,
+    "rollcast-nccl": rollcast_nccl,
 }

@@ -16,9 +16,9 @@ METHODS = (
     "vllm-native-packed",
     "vllm-native-per-tensor",
     "checkpoint-engine",
-    "rollcast-ipc",
+    "rollcast-nccl",
 )
-DECODING = ("rollcast", "rollcast-shadow", "rollcast-ipc")
+DECODING = ("rollcast", "rollcast-shadow", "rollcast-nccl")
 """Methods that are also measured while the engine decodes: those that keep requests whole."""
 
 

@@ -4,9 +4,10 @@ from rollcast.comm.broadcaster import WeightBroadcaster
 from rollcast.comm.buckets import Bucket, Message, Move
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.group import Group, host_store, join_group
+from rollcast.comm.inbox import Landing, VerifyError
 from rollcast.comm.params import Manifest, ParamSpec
 from rollcast.comm.plan import Lane, TransferPlan, build_transfer, whole_moves
-from rollcast.comm.receiver import Landing, VerifyError, WeightReceiver
+from rollcast.comm.receiver import WeightReceiver
 from rollcast.comm.region import Region
 from rollcast.comm.report import PhaseTimer, SyncReport
 from rollcast.comm.source import WeightSource

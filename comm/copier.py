@@ -1,6 +1,7 @@
-"""Many copies within one device as one (worker)."""
+"""Many copies as one: within a device, or from memory of another that is mapped here (worker)."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ CHUNK_BYTES = 1 << 16
 THREADS = 1024
 KERNEL = r"""
 extern "C" __global__ void copy_chunks(const unsigned long long* table) {
+    // Target, source and bytes of one chunk.
     const unsigned long long* chunk = table + 3ull * blockIdx.x;
     uint4* target = (uint4*)chunk[0];
     const uint4* source = (const uint4*)chunk[1];
@@ -38,35 +40,52 @@ class FusedCopy:
 
     def __init__(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         pairs = list(zip(targets, sources, strict=True))
-        rows = [row for pair in pairs if _is_plain(*pair) for row in _chunks(*pair)]
+        plain = [pair for pair in pairs if _is_plain(*pair)]
         others = [pair for pair in pairs if not _is_plain(*pair)]
         self._targets, self._sources = [target for target, _ in others], [source for _, source in others]
-        self._chunks = len(rows)
-        if rows:
-            device = next(target.device for target in targets if target.is_cuda)
-            self._table = torch.tensor(rows, dtype=torch.int64, device=device)
-            self._kernel = _cupy().RawKernel(KERNEL, "copy_chunks")
+        self._chunks: torch.Tensor | None = None
+        if plain:
+            places = [(target.data_ptr(), source.data_ptr(), target.nbytes) for target, source in plain]
+            self._chunks = chunks(places, chunk_bytes=CHUNK_BYTES).to(plain[0][0].device)
 
     def run(self) -> None:
         """Copy, on the current stream."""
-        if self._chunks:
-            stream = _cupy().cuda.ExternalStream(torch.cuda.current_stream(self._table.device).cuda_stream)
-            with stream:
-                self._kernel((self._chunks,), (THREADS,), (self._table.data_ptr(),))
+        if self._chunks is not None:
+            copy_chunks(self._chunks)
         if self._targets:
             torch._foreach_copy_(self._targets, self._sources)
 
 
-def _chunks(target: torch.Tensor, source: torch.Tensor) -> list[tuple[int, int, int]]:
-    assert target.nbytes == source.nbytes
-    places = target.data_ptr(), source.data_ptr()
-    starts = range(0, target.nbytes, CHUNK_BYTES)
-    return [(places[0] + at, places[1] + at, min(CHUNK_BYTES, target.nbytes - at)) for at in starts]
+def chunks(places: Sequence[tuple[int, int, int]], *, chunk_bytes: int) -> torch.Tensor:
+    """Cut copies (target, source, bytes) to pieces of at most `chunk_bytes`: int64 [pieces, 3], on the CPU."""
+    table = torch.tensor(places, dtype=torch.int64)
+    counts = (table[:, 2] + chunk_bytes - 1) // chunk_bytes
+    whose = torch.repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    offset = (torch.arange(len(whose)) - first[whose]) * chunk_bytes
+    target, source, nbytes = table[whose].unbind(1)
+    return torch.stack([target + offset, source + offset, (nbytes - offset).clamp(max=chunk_bytes)], 1)
+
+
+def copy_chunks(table: torch.Tensor) -> None:
+    """Make the copies of `chunks`, 16 bytes at a time, on the current stream of the table's device."""
+    stream = _cupy().cuda.ExternalStream(torch.cuda.current_stream(table.device).cuda_stream)
+    with stream:
+        _kernel()((len(table),), (THREADS,), (table.data_ptr(),))
+
+
+def is_aligned(*addresses: int) -> bool:
+    """Whether `copy_chunks` may be used."""
+    return all(address % 16 == 0 for address in addresses)
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
-    """Whether the kernel can copy them: it moves 16 bytes at a time."""
-    return all(its.is_cuda and its.is_contiguous() and its.data_ptr() % 16 == 0 for its in tensors)
+    return all(its.is_cuda and its.is_contiguous() and is_aligned(its.data_ptr()) for its in tensors)
+
+
+@cache
+def _kernel() -> Any:
+    return _cupy().RawKernel(KERNEL, "copy_chunks")
 
 
 def _cupy() -> Any:

@@ -8,11 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from rollcast.comm.deadline import Deadline
+from rollcast.comm.deadline import Deadline, nap
 
-# The end of a wait is noticed a little late: whoever decodes in the same process needs the interpreter, too.
-POLL_S, LONG_POLL_S = 20e-6, 100e-6
-POLL_SHARE = 0.02
 # How often a wait that has become long asks whether it is in vain.
 ASK_S = 0.25
 
@@ -27,6 +24,8 @@ class Leavable(Protocol):
 
     closed: bool
     """Whether this rank has."""
+    gentle: bool
+    """See `Group`."""
 
     def left_by(self) -> str | None:
         """Another rank that has left, if any."""
@@ -52,7 +51,7 @@ class EventWork:
                     raise RuntimeError(f"{peer} left the weight group while {self._what} was under way")
                 asked = time.perf_counter()
             deadline.left(self._what)
-            time.sleep(min(max(POLL_S, (time.perf_counter() - start) * POLL_SHARE), LONG_POLL_S))
+            nap(start, gentle=self._group.gentle)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,7 @@ class GlooGroup:
     def __init__(self, store: dist.Store, *, rank: int, size: int, deadline: Deadline) -> None:
         self.rank = rank
         self.size = size
+        self.gentle = False
         # The store must outlive the group: on its host it is the server that the others talk to.
         self._store = store
         self._works: list[GlooWork] = []

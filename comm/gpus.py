@@ -10,6 +10,7 @@ import torch
 KIB = 1024
 # NVML's scope for "all links of the GPU together".
 ALL_LINKS = 0xFFFFFFFF
+NVLINK = "NVLink"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,13 @@ def gpu_state(uuid: str) -> GpuState:
 
 
 def gpu_link(first: str, second: str) -> str:
-    """How two GPUs of this machine are joined: "same GPU", "NVLink", or the part of the PCIe tree between them."""
+    """How two GPUs of this machine are joined: "same GPU", `NVLINK`, or the part of the PCIe tree between them."""
     if first == second:
         return "same GPU"
     nvml = _nvml()
     handles = _handle(first), _handle(second)
     if nvml.nvmlDeviceGetP2PStatus(*handles, nvml.NVML_P2P_CAPS_INDEX_NVLINK) == nvml.NVML_P2P_STATUS_OK:
-        return "NVLink"
+        return NVLINK
     levels = {
         nvml.NVML_TOPOLOGY_INTERNAL: "one board",
         nvml.NVML_TOPOLOGY_SINGLE: "one PCIe switch",

@@ -31,6 +31,8 @@ class Group(Protocol):
 
     rank: int
     size: int
+    gentle: bool
+    """Whether others need this rank's GPU and interpreter meanwhile: then it takes little of them, and more time."""
 
     def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> Work:
         """Start to copy every tensor (contiguous uint8, not empty) from rank `root` to all others. Collective.

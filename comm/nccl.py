@@ -25,6 +25,7 @@ class NcclGroup:
     ) -> None:
         self.rank = rank
         self.size = size
+        self.gentle = False
         self.device = device
         self.closed = False
         self._store = store

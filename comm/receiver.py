@@ -1,52 +1,16 @@
 """The receiving side of a plan (runs in every vLLM worker)."""
 
-from typing import Protocol
-
 import torch
 
-from rollcast.comm.buckets import Message, aligned
 from rollcast.comm.checksum import checksum
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.group import Group
+from rollcast.comm.inbox import Ahead, Inbox, Landing, VerifyError, lay_out, spare_bytes
 from rollcast.comm.plan import Lane
-from rollcast.comm.region import flat_bytes
 from rollcast.comm.report import PhaseTimer
-from rollcast.comm.window import Window
+from rollcast.comm.window import DEPTH, Window
 
-
-class VerifyError(RuntimeError):
-    """What arrived, or what is in memory, is not what was sent."""
-
-
-class Landing(Protocol):
-    """Where a worker's parameters are."""
-
-    def live(self, target: str) -> torch.Tensor:
-        """The live tensor that the moves without a stage write. Asked for once."""
-        ...
-
-    def staging(self, stage: int, target: str) -> torch.Tensor:
-        """The tensor that a stage's moves write. Valid until `finish(stage)`."""
-        ...
-
-    def begin(self, *, confirming: bool = False) -> None:
-        """A sync starts: the parameters may be written from now on.
-
-        When `confirming`, the weights are those that are there: a stage whose outcome changes raises `VerifyError`.
-        """
-        ...
-
-    def finish(self, stage: int) -> None:
-        """All moves of a stage have arrived: process its module."""
-        ...
-
-    def commit(self) -> None:
-        """Everything has arrived: finish whatever needs all of it."""
-        ...
-
-    def abandon(self) -> None:
-        """The sync failed: drop what is unfinished."""
-        ...
+DAMAGED = "arrived damaged: its checksum is not the sender's"
 
 
 class WeightReceiver:
@@ -56,19 +20,38 @@ class WeightReceiver:
         receiver.receive(group, deadline=Deadline(60), timer=PhaseTimer())
 
     Bucket k + 1 is on its way before bucket k has arrived. Views and buffers are made once and kept.
+
+    `start` makes use of the time for which live parameters are still read: the first buckets travel meanwhile.
     """
 
     def __init__(self, lane: Lane, landing: Landing, *, device: torch.device) -> None:
         self.lane = lane
         self._landing = landing
-        self._device = device
-        self._buckets = [[_Inbox(message, landing, device) for message in bucket.messages] for bucket in lane.buckets]
+        self.device = device
+        self._buckets = [[Inbox(message, landing, device) for message in bucket.messages] for bucket in lane.buckets]
         self._staged = [
             [index for index, box in enumerate(bucket) if box.message.stage is not None] for bucket in self._buckets
         ]
-        self._window = Window(max((_lay_out(bucket) for bucket in self._buckets), default=0), device=device)
+        self._window = Window(max((lay_out(bucket) for bucket in self._buckets), default=0), device=device)
         # Posted tensors and their copies into live parameters are the same at every sync.
         self._bound: dict[int, tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._ahead: list[Ahead] = []
+        self.started = 0
+        """Buckets that travel since `start`."""
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Memory that the first `start` takes, and keeps."""
+        return 0 if self._ahead else sum(spare_bytes(bucket) for bucket in self._buckets[:DEPTH])
+
+    def start(self, group: Group, *, deadline: Deadline) -> None:
+        """Start to receive the first buckets, beside the live parameters. `receive` goes on from there."""
+        if not self._ahead:
+            self._ahead = [Ahead(bucket, self._bind(turn)[0]) for turn, bucket in enumerate(self._buckets[:DEPTH])]
+        self._window.forget()
+        for turn, ahead in enumerate(self._ahead):
+            self._window.put(turn, group.broadcast(ahead.posted, root=0, deadline=deadline))
+        self.started = len(self._ahead)
 
     def receive(self, group: Group, *, deadline: Deadline, timer: PhaseTimer, checksums: bool = False) -> None:
         """Receive and land every weight once. Collective over the lane.
@@ -76,20 +59,24 @@ class WeightReceiver:
         With `checksums` the sender's are received too and compared with those of what arrived. Raises
         `VerifyError` naming the first message that differs.
         """
-        self._window.forget()
+        started, self.started = self.started, 0
+        if not started:
+            self._window.forget()
         sums: list[torch.Tensor] = []
         try:
             self._landing.begin()
-            self._post(0, group, deadline)
+            self._post(0, group, deadline, started)
             for turn in range(len(self._buckets)):
                 with timer("wire"):
                     # Before the wait: the wire must not stand still between two buckets.
-                    self._post(turn + 1, group, deadline)
+                    self._post(turn + 1, group, deadline, started)
                     self._window.wait(turn, deadline=deadline)
                 if checksums:
                     with timer("verify"):
-                        sums += [checksum(tensor) for tensor in self._bind(turn)[0]]
+                        sums += map(checksum, self._ahead[turn].posted if turn < started else self._bind(turn)[0])
                 with timer("apply"):
+                    if turn < started:
+                        self._ahead[turn].copy.run()
                     self._apply(turn)
             if sums:
                 with timer("verify"):
@@ -110,7 +97,7 @@ class WeightReceiver:
             try:
                 self._landing.begin(confirming=True)
                 for turn, bucket in enumerate(self._buckets):
-                    tensors = [torch.empty(box.nbytes, dtype=torch.uint8, device=self._device) for box in bucket]
+                    tensors = [torch.empty(box.nbytes, dtype=torch.uint8, device=self.device) for box in bucket]
                     group.broadcast(tensors, root=0, deadline=deadline).wait(deadline)
                     for box, tensor in zip(bucket, tensors, strict=True):
                         box.confirm(tensor)
@@ -121,9 +108,9 @@ class WeightReceiver:
                 self._landing.abandon()
                 raise
 
-    def _post(self, turn: int, group: Group, deadline: Deadline) -> None:
-        """Start to receive bucket number `turn`, if there is one."""
-        if turn < len(self._buckets):
+    def _post(self, turn: int, group: Group, deadline: Deadline, started: int) -> None:
+        """Start to receive bucket number `turn`, if there is one that is not among the `started`."""
+        if started <= turn < len(self._buckets):
             self._window.wait(turn, deadline=deadline)
             self._window.put(turn, group.broadcast(self._bind(turn)[0], root=0, deadline=deadline))
 
@@ -155,57 +142,3 @@ class WeightReceiver:
         group.broadcast([theirs.view(torch.uint8)], root=0, deadline=deadline).wait(deadline)
         for index in (mine != theirs).nonzero().flatten().tolist():
             raise VerifyError(f"run {index} of lane {self.lane.index}, {self.lane.messages[index]}, {DAMAGED}")
-
-
-DAMAGED = "arrived damaged: its checksum is not the sender's"
-
-
-class _Inbox:
-    """Where one message goes."""
-
-    def __init__(self, message: Message, landing: Landing, device: torch.device) -> None:
-        self.message = message
-        self.nbytes = message.nbytes
-        self.offset = 0
-        self._landing = landing
-        self._live = landing.live(message.target) if message.stage is None else None
-        # A tensor that vLLM keeps elsewhere (on the host, say) cannot be received into.
-        self.in_place = message.in_place and self._live is not None and self._live.device.type == device.type
-        self.copied = message.stage is None and not self.in_place
-
-    def posted(self, window: Window, turn: int) -> torch.Tensor:
-        """The bytes to receive into."""
-        if self.in_place:
-            assert self._live is not None
-            return self.message.region.bytes_of(self._live)
-        return window.buffer(turn)[self.offset : self.offset + self.nbytes]
-
-    def target(self) -> torch.Tensor:
-        """What is written in the end."""
-        stage = self.message.stage
-        tensor = self._landing.staging(stage, self.message.target) if stage is not None else self._live
-        assert tensor is not None
-        return self.message.region.view(tensor)
-
-    def typed(self, data: torch.Tensor) -> torch.Tensor:
-        """Received bytes as the wire's dtype, in the target's shape."""
-        return data.view(self.message.dtype).view(self.message.region.shape)
-
-    def confirm(self, data: torch.Tensor) -> None:
-        """Compare received bytes with the target, or stage them."""
-        target = self.target()
-        sent = self.typed(data).to(target.device)
-        if self.message.stage is not None:
-            target.copy_(sent)
-        elif not torch.equal(flat_bytes(sent.to(target.dtype)), flat_bytes(target)):
-            raise VerifyError(f"{self.message} in memory is not what the trainer holds")
-
-
-def _lay_out(bucket: list[_Inbox]) -> int:
-    """Give every message that is not received in place its own room in the buffer; return the bytes needed."""
-    used = 0
-    for box in bucket:
-        if not box.in_place:
-            box.offset = used
-            used = aligned(used + box.nbytes)
-    return used

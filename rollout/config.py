@@ -87,7 +87,8 @@ class RolloutConfig:
     memory, as much as the weights take, while the engine decodes; then it holds still for one copy."""
     transport: str = "auto"
     """How bytes travel between GPUs. "nccl": grouped broadcasts. "ipc": workers read the trainer's memory, on one
-    machine. "auto": "ipc" where trainer and worker share a GPU, which NCCL cannot join twice, else "nccl"."""
+    machine. "auto": "ipc" where trainer and worker share a GPU, which NCCL cannot join twice, and where one worker
+    reads over NVLink, which is a little faster; else "nccl"."""
     verify: str = "none"
     """How a sync makes sure that the weights are those that were sent. "checksum" compares 64-bit hashes of every
     stretch of bytes, made on both sides' devices. "full" also sends everything again and compares it with what is

@@ -84,6 +84,11 @@ class Gate:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
 
+    @property
+    def busy(self) -> bool:
+        """Whether the GPU still has steps to do."""
+        return self._stream is not None and not self._stream.query()
+
     def follow(self, stream: torch.cuda.Stream | None) -> None:
         """What comes next on `stream` waits for the steps that are queued."""
         if stream is not None and self._stream is not None:

@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from rollcast.comm import Deadline, Group, Lane, Manifest, TransferPlan, build_transfer, host_store, join_group
 from rollcast.comm.agree import Agreement, first_error
+from rollcast.comm.gpus import NVLINK
 from rollcast.comm.group import connect_store
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import RollcastError
@@ -229,5 +230,8 @@ def transport_of(lane: Lane, *, config: RolloutConfig, cards: Sequence[Card]) ->
     if config.transport != "auto":
         return config.transport
     sender, receivers = cards[lane.sender], [cards[config.trainers + worker] for worker in lane.workers]
-    shared = any((receiver.host, receiver.gpu) == (sender.host, sender.gpu) for receiver in receivers)
-    return "ipc" if shared else "nccl"
+    here = [receiver for receiver in receivers if receiver.host == sender.host]
+    shared = any(receiver.gpu == sender.gpu for receiver in here)
+    # Several readers would share what the sender's links can do, where NCCL's can pass on what they have.
+    single = len(here) == len(receivers) == 1 and sender.links.get(here[0].gpu or "") == NVLINK
+    return "ipc" if shared or single else "nccl"

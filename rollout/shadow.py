@@ -1,5 +1,6 @@
 """New weights beside the ones that serve: received while the engine decodes, switched to in one pass (worker)."""
 
+import sys
 from typing import Any
 
 import torch
@@ -102,14 +103,20 @@ class Shadow:
             self._switched = torch.cuda.current_stream(self._device).record_event()
 
 
-def _make_sure_it_fits(nbytes: int, device: torch.device) -> None:
+def spare_bytes(device: torch.device) -> int:
+    """GPU memory that a sync may take and keep."""
     if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
+        return sys.maxsize
+    free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if nbytes + SPARE_BYTES > free + cached:
+    return free + cached - SPARE_BYTES
+
+
+def _make_sure_it_fits(nbytes: int, device: torch.device) -> None:
+    if (spare := spare_bytes(device)) < nbytes:
+        total = torch.cuda.get_device_properties(device).total_memory
         raise LandingError(
             f"mode 'shadow' needs {nbytes / 1e9:.1f} GB of spare GPU memory for the new weights, and "
-            f"{(free + cached) / 1e9:.1f} of {total / 1e9:.1f} GB are free: lower gpu_memory_utilization, or sync with "
+            f"{max(spare, 0) / 1e9:.1f} of {total / 1e9:.1f} GB can be had: lower gpu_memory_utilization, or sync with "
             "mode='in_place'"
         )

@@ -15,7 +15,7 @@ from rollcast.rollout.gate import Gate
 from rollcast.rollout.hashes import hashes, raise_if_changed
 from rollcast.rollout.landing import LandingPlan
 from rollcast.rollout.live import LiveLanding
-from rollcast.rollout.shadow import Shadow
+from rollcast.rollout.shadow import Shadow, spare_bytes
 from rollcast.rollout.tape import LandingError
 
 
@@ -41,9 +41,8 @@ class SyncedWorker:
         until a later sync succeeds.
         """
         timer, deadline = PhaseTimer(), Deadline(timeout_s)
-        with self._rollcast_leaving(), self._rollcast_between_steps(deadline) as gate, gate.beside() as stream:
-            gate.follow(stream)
-            group = self._rollcast_ready(version, digests)
+        with self._rollcast_leaving(), self._rollcast_after_steps(deadline) as (gate, stream):
+            group = self._rollcast_ready(version, digests, gentle=False)
             before = hashes(self._rollcast_model()) if unchanged else {}
             self.rollcast_receiver.receive(group, deadline=deadline, timer=timer, checksums=verify != "none")
             if verify == "full":
@@ -67,7 +66,7 @@ class SyncedWorker:
         deadline = Deadline(timeout_s)
         with self._rollcast_leaving():
             with self._rollcast_between_steps(deadline) as gate:
-                group = self._rollcast_ready(version, digests)
+                group = self._rollcast_ready(version, digests, gentle=True)
                 if self.rollcast_shadow is None:
                     lane = self.rollcast_receiver.lane
                     self.rollcast_shadow = Shadow(self.rollcast_landing, lane, device=worker.device)
@@ -100,6 +99,20 @@ class SyncedWorker:
         closed = gate.closed(partial(self.rollcast_bell.agree, deadline=deadline), deadline=deadline)
         with closed, torch.no_grad(), self._rollcast_settings():
             yield gate
+
+    @contextmanager
+    def _rollcast_after_steps(self, deadline: Deadline) -> Iterator[tuple[Gate, torch.cuda.Stream | None]]:
+        """The same, and GPU work waits on a stream of its own until queued steps are done. Meanwhile, bytes travel."""
+        gate, group, receiver = self.rollcast_gate, self.rollcast_group, self.rollcast_receiver
+        assert gate is not None
+        with gate.beside() as stream:
+            if group is not None and gate.busy and receiver.ahead_bytes <= spare_bytes(receiver.device):
+                # Steps need the GPU.
+                group.gentle = True
+                receiver.start(group, deadline=deadline)
+            with self._rollcast_between_steps(deadline):
+                gate.follow(stream)
+                yield gate, stream
 
     @contextmanager
     def _rollcast_leaving(self) -> Iterator[None]:
@@ -138,6 +151,8 @@ class SyncedWorker:
         moved = self.rollcast_landing.moved(self._rollcast_model())
         if moved is None:
             return
+        if self.rollcast_receiver.started:
+            raise LandingError(f"{moved} was moved while weights were on their way: sync again")
         known = self.rollcast_landing.plan
         plan = self._rollcast_compile(known.manifest)
         if plan.digest != known.digest:
@@ -150,7 +165,7 @@ class SyncedWorker:
         self.rollcast_receiver = WeightReceiver(lane, self.rollcast_landing, device=worker.device)
         self.rollcast_shadow = None
 
-    def _rollcast_ready(self, version: int, digests: list[str]) -> Group:
+    def _rollcast_ready(self, version: int, digests: list[str], *, gentle: bool) -> Group:
         """The group, if this worker can receive the sync that was announced."""
         worker: Any = self
         if self.rollcast_group is None:
@@ -158,4 +173,5 @@ class SyncedWorker:
         self._rollcast_follow()
         if self.rollcast_receiver.lane.digest != digests[worker.rank]:
             raise ValueError(f"version {version} was announced with another plan than the one joined with")
+        self.rollcast_group.gentle = gentle
         return self.rollcast_group

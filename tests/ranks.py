@@ -160,7 +160,7 @@ class Tapped:
 
     def __init__(self, group: "Group | Tapped", at: tuple[int, int, int] | None = None) -> None:
         self.group, self.at = group, at
-        self.rank, self.size = group.rank, group.size
+        self.rank, self.size, self.gentle = group.rank, group.size, group.gentle
         self.broadcasts, self.nbytes = 0, 0
         self.stretches: list[tuple[int, int]] = []
 

@@ -104,21 +104,23 @@ def test_the_report_says_what_each_rank_runs_on() -> None:
 @pytest.mark.parametrize(
     ("receivers", "settings", "expected"),
     [
-        ([card("GPU-1")], {}, "nccl"),
+        ([card("GPU-1")], {}, "ipc"),
+        ([card("GPU-3")], {}, "nccl"),
         ([card("GPU-0")], {}, "ipc"),
-        ([Card("b", "GPU-0", 2)], {}, "nccl"),
+        ([Card("b", "GPU-1", 2)], {}, "nccl"),
         ([card("GPU-1"), card("GPU-2")], {}, "nccl"),
         ([card("GPU-1")], {"transport": "ipc"}, "ipc"),
         ([card("GPU-0")], {"transport": "nccl"}, "nccl"),
         ([card("GPU-1")], {"device": "cpu"}, "gloo"),
     ],
-    ids=["two GPUs", "one GPU", "two machines", "two workers", "as told ipc", "as told nccl", "CPU"],
+    ids=["NVLink", "PCIe", "one GPU", "two machines", "two workers", "as told ipc", "as told nccl", "CPU"],
 )
 def test_the_transport_follows_the_gpus(receivers: list[Card], settings: dict[str, Any], expected: str) -> None:
     chosen: dict[str, Any] = {"device": "cuda"} | settings
     config = RolloutConfig(model="", dtype="float32", **chosen)
     lane = Lane(0, 0, tuple(range(len(receivers))), ())
-    assert transport_of(lane, config=config, cards=[card("GPU-0"), *receivers]) == expected
+    sender = card("GPU-0", links={"GPU-1": "NVLink", "GPU-2": "NVLink", "GPU-3": "one PCIe switch"})
+    assert transport_of(lane, config=config, cards=[sender, *receivers]) == expected
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -148,6 +148,28 @@ def stretches(weights: Weights, bucket_bytes: int) -> list[tuple[int, int]]:
     ]
 
 
+@pytest.mark.parametrize("checksums", [False, True])
+def test_the_first_buckets_may_travel_while_live_parameters_are_still_read(checksums: bool) -> None:
+    weights = every_kind(seed=3) | {"last": torch.randn(LARGE_BYTES // 4)}
+    sides = Sides(WeightSource(weights))
+    (memory,), receiver = sides.memories, sides.receivers[0]
+    spare = receiver.ahead_bytes
+    with Ranks([0]) as ranks:
+        for turn in range(3):
+            before = {name: tensor.clone() for name, tensor in memory.tensors.items()}
+            sent = ranks.start(send, sides.broadcaster, ranks.senders, checksums=checksums)
+            if turn != 1:
+                receiver.start(ranks.workers[0], deadline=Deadline(LONG_S))
+                time.sleep(0.2)
+                check_same_bytes(memory.tensors, before)
+            receive(receiver, ranks.workers[0], checksums=checksums)
+            sent.result(LONG_S)
+            check_same_bytes(memory.tensors, weights)
+            weights["float32"].add_(1.0)
+            weights["last"].neg_()
+    assert 0 < spare <= 2 * BUCKET_BYTES + 1024 and receiver.ahead_bytes == 0
+
+
 def test_masters_of_another_dtype_are_packed_and_received_in_place() -> None:
     weights = {"big": torch.randn(LARGE_BYTES), "small": torch.randn(100)}
     sides = Sides(WeightSource(weights, dtype=torch.bfloat16), bucket_bytes=1 << 26)
@@ -189,7 +211,7 @@ def test_weights_on_another_device_are_packed() -> None:
 class Nobody:
     """A group without peers whose broadcasts last until somebody waits for them."""
 
-    rank, size = 0, 1
+    rank, size, gentle = 0, 1, False
 
     def __init__(self) -> None:
         self.devices: set[str] = set()

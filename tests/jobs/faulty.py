@@ -68,7 +68,7 @@ class FlippingGroup:
     """Flips a bit of the first tensor that arrives, once: "flip" in any worker, "flip 1" in that of rank 1."""
 
     def __init__(self, group: Group, worker: int) -> None:
-        self.rank, self.size = group.rank, group.size
+        self.rank, self.size, self.gentle = group.rank, group.size, group.gentle
         self._faults = ("flip", f"flip {worker}")
         self._group = group
 
