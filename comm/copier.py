@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 # Measured on H200: 4.6 TB/s read and written, where torch._foreach_copy_ reaches 2.1.
@@ -58,13 +59,13 @@ class FusedCopy:
 
 def chunks(places: Sequence[tuple[int, int, int]], *, chunk_bytes: int) -> torch.Tensor:
     """Cut copies (target, source, bytes) to pieces of at most `chunk_bytes`: int64 [pieces, 3], on the CPU."""
-    table = torch.tensor(places, dtype=torch.int64)
-    counts = (table[:, 2] + chunk_bytes - 1) // chunk_bytes
-    whose = torch.repeat_interleave(counts)
-    first = counts.cumsum(0) - counts
-    offset = (torch.arange(len(whose)) - first[whose]) * chunk_bytes
-    target, source, nbytes = table[whose].unbind(1)
-    return torch.stack([target + offset, source + offset, (nbytes - offset).clamp(max=chunk_bytes)], 1)
+    # numpy: torch would wake threads for it.
+    target, source, nbytes = np.array(places, dtype=np.int64).T
+    counts = -(-nbytes // chunk_bytes)
+    whose = np.repeat(np.arange(len(counts)), counts)
+    offset = (np.arange(len(whose)) - (np.cumsum(counts) - counts)[whose]) * chunk_bytes
+    pieces = target[whose] + offset, source[whose] + offset, np.minimum(nbytes[whose] - offset, chunk_bytes)
+    return torch.from_numpy(np.stack(pieces, 1))
 
 
 def copy_chunks(table: torch.Tensor) -> None:

@@ -62,6 +62,8 @@ class IpcGroup:
         # By address, bytes and number at the sender: where its allocations are here.
         self._mapped: dict[tuple[int, int, int], int] = {}
         self._mapping = threading.Lock()
+        # By address: number and handle of this side's allocations.
+        self._handles: dict[int, tuple[int, bytes]] = {}
         self._stages: dict[int, torch.Tensor] = {}
         self._offered = 0
         self.read = [0] * len(self._lines)
@@ -117,9 +119,9 @@ class IpcGroup:
         return self._peers[line + 1 if self.rank == 0 else 0].name
 
     def _offer(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> "OfferWork":
-        offer = _describe(tensors)
+        offer = self._describe(tensors)
         if offer is None:
-            offer = _describe(self._staged(tensors, deadline))
+            offer = self._describe(self._staged(tensors, deadline))
             assert offer is not None
         # Other processes know nothing of this one's streams: what is offered must be there.
         torch.cuda.current_stream(self.device).synchronize()
@@ -128,6 +130,31 @@ class IpcGroup:
             self.tell(line, message)
         self._offered += 1
         return OfferWork(self, self._offered)
+
+    def _describe(self, tensors: Sequence[torch.Tensor]) -> Offer | None:
+        """Where the tensors are; None if one is in memory that others cannot map."""
+        indices: dict[int, int] = {}
+        found: list[tuple[bytes, int, int, int]] = []
+        parts: list[tuple[int, int, int]] = []
+        place = Allocation(0, 0, 0, exportable=True)
+        for tensor in tensors:
+            address, nbytes = tensor.data_ptr(), tensor.numel()
+            if not place.start <= address < place.start + place.nbytes:
+                place = allocation(address)
+                if not place.exportable:
+                    return None
+                if place.start not in indices:
+                    indices[place.start] = len(found)
+                    found.append((self._handle(place), place.start, place.nbytes, place.number))
+            parts.append((indices[place.start], address - place.start, nbytes))
+        return Offer(found, parts)
+
+    def _handle(self, place: Allocation) -> bytes:
+        number, handle = self._handles.get(place.start, (None, b""))
+        if number != place.number:
+            handle = runtime.ipcGetMemHandle(place.start)
+            self._handles[place.start] = place.number, handle
+        return handle
 
     def _staged(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> list[torch.Tensor]:
         """Copies in memory that can be mapped, one after the other. Two stages are used in turn."""
@@ -164,7 +191,9 @@ class IpcGroup:
         by_kernel = [] if self.gentle or self.device.type != "cuda" else [its for its in places if is_aligned(*its[:2])]
         if by_kernel:
             with torch.cuda.stream(self._stream):
-                copy_chunks(chunks(by_kernel, chunk_bytes=CHUNK_BYTES).to(self.device))
+                # Pinned, or the table would wait for the copies before it, and this thread with it.
+                table = chunks(by_kernel, chunk_bytes=CHUNK_BYTES).pin_memory()
+                copy_chunks(table.to(self.device, non_blocking=True))
         if len(by_kernel) == len(places):
             return
         for target, source, nbytes in places:
@@ -185,26 +214,6 @@ class IpcGroup:
             self._stream.synchronize()
         for key in keys:
             runtime.ipcCloseMemHandle(self._mapped.pop(key))
-
-
-def _describe(tensors: Sequence[torch.Tensor]) -> Offer | None:
-    """Where the tensors are; None if one is in memory that others cannot map."""
-    indices: dict[int, int] = {}
-    found: list[tuple[bytes, int, int, int]] = []
-    parts: list[tuple[int, int, int]] = []
-    place = Allocation(0, 0, 0, exportable=True)
-    for tensor in tensors:
-        address, nbytes = tensor.data_ptr(), tensor.numel()
-        if not place.start <= address < place.start + place.nbytes:
-            place = allocation(address)
-            if not place.exportable:
-                return None
-            if place.start not in indices:
-                indices[place.start] = len(found)
-                handle = runtime.ipcGetMemHandle(place.start)
-                found.append((handle, place.start, place.nbytes, place.number))
-        parts.append((indices[place.start], address - place.start, nbytes))
-    return Offer(found, parts)
 
 
 class OfferWork:

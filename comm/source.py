@@ -1,20 +1,18 @@
 """The trainer's weights: their specs, and their values in any order (trainer)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from operator import is_
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rollcast.comm.params import Manifest, ParamSpec
+from rollcast.comm.places import Places, identity
 
 # Wrappers that add a level to the names of the modules they wrap, and no weight of their own.
 WRAPPER_LEVELS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 Weights = nn.Module | Mapping[str, torch.Tensor]
-_dtype = torch.Tensor.dtype.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class WeightSource:
@@ -35,7 +33,7 @@ class WeightSource:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         self._weights = weights
         self._dtype = dtype
-        self._places: _Places | None = None
+        self._places: Places | None = None
         self.manifest = self.current()
 
     def __iter__(self) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
@@ -62,7 +60,7 @@ class WeightSource:
             named = self._named()
             self._tensors = list(named.values())
             self._manifest = Manifest(tuple(self._spec(name, tensor) for name, tensor in named.items()))
-            self._places = _Places.of(self._weights, self._tensors)
+            self._places = _places_of(self._weights, self._tensors)
         return self._manifest
 
     def steady(self) -> list[torch.Tensor] | None:
@@ -94,56 +92,10 @@ class WeightSource:
         for name, tensor in _state(self._weights):
             if not isinstance(tensor, torch.Tensor):
                 raise ValueError(f"{name} is not a tensor but {type(tensor).__name__}")
-            if (key := _identity(tensor)) not in seen:
+            if (key := identity(tensor)) not in seen:
                 named[name] = tensor.detach()
             seen.add(key)
         return named
-
-
-class _Places:
-    """Where plain weights are kept. Looking whether they still are there takes a tenth of a microsecond for each."""
-
-    def __init__(self, held: list[tuple[dict[str, Any], str, Any]], containers: list[dict[str, Any]]) -> None:
-        self._containers = containers
-        self._sizes = list(map(len, containers))
-        self._dicts = [place for place, _, _ in held]
-        self._keys = [key for _, key, _ in held]
-        self._things = [thing for _, _, thing in held]
-        self._tensors = [thing for thing in self._things if isinstance(thing, torch.Tensor)]
-        self._layouts = self._look()
-
-    @classmethod
-    def of(cls, weights: Weights, tensors: Sequence[torch.Tensor]) -> "_Places | None":
-        """The places of all `tensors`. None if any is sharded, strided or made for the occasion."""
-        if any(isinstance(tensor, DTensor) or not tensor.is_contiguous() for tensor in tensors):
-            return None
-        if isinstance(weights, nn.Module):
-            containers: list[dict[str, Any]] = []
-            for module in weights.modules():
-                if module._state_dict_hooks or module._state_dict_pre_hooks:
-                    return None
-                containers += [module._parameters, module._buffers, module._modules]
-        elif isinstance(weights, dict):
-            containers = [weights]
-        else:
-            return None
-        held = [(place, *item) for place in containers for item in place.items() if item[1] is not None]
-        places = cls(held, containers)
-        kept = set(map(_identity, places._tensors))
-        return places if all(_identity(tensor) in kept for tensor in tensors) else None
-
-    def unchanged(self) -> bool:
-        """Whether the same tensors are in the same places and at the same addresses, and no others beside them."""
-        return (
-            list(map(len, self._containers)) == self._sizes
-            and all(map(is_, map(dict.get, self._dicts, self._keys), self._things))
-            and self._look() == self._layouts
-        )
-
-    def _look(self) -> list[list[Any]]:
-        """What changes when a tensor is given other memory. (A tensor's shape takes ten times as long.)"""
-        questions = (torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous, _dtype)
-        return [list(map(question, self._tensors)) for question in questions]
 
 
 def _state(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -155,8 +107,17 @@ def _state(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         yield ".".join(level for level in name.split(".") if level not in WRAPPER_LEVELS), tensor
 
 
-def _identity(tensor: torch.Tensor) -> object:
-    """Equal for two names of one tensor. The memory's identity, not its address: empty shards have no address."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    place = local.storage_offset(), tuple(local.shape), tuple(local.stride())
-    return local.untyped_storage()._cdata, place, tuple(tensor.shape), tensor.dtype
+def _places_of(weights: Weights, tensors: Sequence[torch.Tensor]) -> Places | None:
+    """The places of all `tensors`. None if any is sharded, strided or made for the occasion."""
+    if any(isinstance(tensor, DTensor) or not tensor.is_contiguous() for tensor in tensors):
+        return None
+    if isinstance(weights, nn.Module):
+        if any(module._state_dict_hooks or module._state_dict_pre_hooks for module in weights.modules()):
+            return None
+        places = Places.of_module(weights)
+    elif isinstance(weights, dict):
+        places = Places([weights])
+    else:
+        return None
+    kept = set(map(identity, places.tensors))
+    return places if all(identity(tensor) in kept for tensor in tensors) else None

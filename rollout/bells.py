@@ -1,13 +1,12 @@
 """Calls to an engine's workers that do not pass through vLLM: its event loop and scheduler take them when they can.
 
 A sync is on the clock, so a worker hears of it on a connection and a thread of its own (`Bell`), and answers there
-when it is over. Plain sockets: each thread that a message wakes on its way costs as much as the rest of the way.
+when it is over.
 """
 
 import asyncio
 import contextlib
 import socket
-import struct
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -16,9 +15,8 @@ from typing import Any
 import msgspec
 
 from rollcast.comm import Deadline
+from rollcast.rollout.frames import frame, frames
 
-# As `multiprocessing.connection` frames messages.
-HEAD = struct.Struct("!i")
 HELLO, AT, GO, DONE = "hello", "at", "go", "done"
 OTHERS = "the engine's other workers"
 
@@ -52,21 +50,18 @@ class Bells:
         return await round_.results
 
     def _tell(self, rank: int, *message: Any) -> None:
-        data = msgspec.msgpack.encode(message)
-        self._lines[rank].write(HEAD.pack(len(data)) + data)
+        self._lines[rank].write(frame(msgspec.msgpack.encode(message)))
 
     async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One worker's line, until it ends."""
         rank = -1
-        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
-            while True:
-                (size,) = HEAD.unpack(await reader.readexactly(HEAD.size))
-                kind, number, *content = msgspec.msgpack.decode(await reader.readexactly(size))
-                if kind == HELLO:
-                    rank = number
-                    self._lines[rank] = writer
-                elif self._round and number == self._round.number:
-                    self._take(self._round, rank, kind, content)
+        async for message in frames(reader):
+            kind, number, *content = msgspec.msgpack.decode(message)
+            if kind == HELLO:
+                rank = number
+                self._lines[rank] = writer
+            elif self._round and number == self._round.number:
+                self._take(self._round, rank, kind, content)
         self._lines.pop(rank, None)
         if self._round:
             self._round.fail(f"worker {rank} has ended")

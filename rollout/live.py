@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rollcast.comm import Move
+from rollcast.comm.places import Places
 from rollcast.rollout.landing import LandingPlan
 from rollcast.rollout.reload import attention_layers, live_tensors, load_format, process_attention
 from rollcast.rollout.stages import StagedModule
@@ -24,6 +25,7 @@ class LiveLanding:
         self._live = live_tensors(model)
         self._wanted = {move.target for move in plan.moves}
         self._places = _places(model, self._wanted)
+        self._model, self._held = model, Places.of_module(model)
         self._device = next((tensor.device for tensor in self._live.values()), torch.device("cpu"))
         with load_format(model) as formats:
             modules = formats.modules
@@ -43,8 +45,14 @@ class LiveLanding:
 
     def moved(self, model: nn.Module) -> str | None:
         """The first tensor of the model, as it is now, that is not the one that was found, or not where it was."""
+        if model is self._model and self._held.unchanged():
+            return None
         now = _places(model, self._wanted)
-        return next((name for name in now | self._places if now.get(name) != self._places.get(name)), None)
+        moved = next((name for name in now | self._places if now.get(name) != self._places.get(name)), None)
+        if moved is None:
+            # It was a buffer that no sync writes.
+            self._model, self._held = model, Places.of_module(model)
+        return moved
 
     def live(self, target: str) -> torch.Tensor:
         """See `Landing.live`."""

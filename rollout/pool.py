@@ -8,11 +8,10 @@ from concurrent.futures import Future
 from typing import Any
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from rollcast.comm import Deadline
 from rollcast.rollout.errors import EngineError
+from rollcast.rollout.frames import ID_BYTES, LIMIT_BYTES, frame, frames
 from rollcast.rollout.preflight import check_prompts
 from rollcast.rollout.records import (
     Call,
@@ -56,7 +55,7 @@ class Pool:
         self._decoder = msgspec.msgpack.Decoder(Reply)
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
-        self._sockets: list[zmq.asyncio.Socket] = []
+        self._writers: list[asyncio.StreamWriter] = []
         self._lock = threading.Lock()
         self._closed = False
         opened: Future[None] = Future()
@@ -158,14 +157,13 @@ class Pool:
             self._loop.close()
 
     async def _run(self, addresses: Sequence[str], opened: "Future[None]") -> None:
-        context = zmq.asyncio.Context()
         tasks: list[asyncio.Task[None]] = []
         try:
             for address in addresses:
-                socket = context.socket(zmq.DEALER)
-                self._sockets.append(socket)
-                socket.connect(address)
-            tasks = [asyncio.create_task(self._listen(socket)) for socket in self._sockets]
+                host, _, port = address.rpartition(":")
+                reader, writer = await asyncio.open_connection(host, int(port), limit=LIMIT_BYTES)
+                self._writers.append(writer)
+                tasks.append(asyncio.create_task(self._listen(reader)))
             tasks.append(asyncio.create_task(self._watch()))
             opened.set_result(None)
             await self._stop.wait()
@@ -173,23 +171,24 @@ class Pool:
             for task in tasks:
                 task.cancel()
             self._lose_all("the pool was closed")
-            context.destroy(linger=0)
+            for writer in self._writers:
+                writer.close()
 
     def _send(self, engine: int, payload: bytes, future: "Future[Reply]") -> None:
         if engine in self._lost:
             future.set_exception(EngineError(self._lost[engine]))
             return
-        request_id = str(next(self._ids)).encode()
+        request_id = next(self._ids).to_bytes(ID_BYTES, "big")
         self._replies[request_id] = engine, future
-        self._sockets[engine].send_multipart([request_id, payload])
+        self._writers[engine].write(frame(request_id, payload))
 
-    async def _listen(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            request_id, payload = await socket.recv_multipart()
-            engine, future = self._replies.pop(request_id, (0, None))
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Until the engine ends, which `_watch` hears of, with the reason."""
+        async for message in frames(reader):
+            engine, future = self._replies.pop(message[:ID_BYTES], (0, None))
             if future is None:
                 continue
-            reply = self._decoder.decode(payload)
+            reply = self._decoder.decode(message[ID_BYTES:])
             if isinstance(reply, Failed):
                 future.set_exception(EngineError(named(engine, reply.text)))
             else:

@@ -1,11 +1,13 @@
 """What engines answer (trainer ranks)."""
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TypeVar
 
 from rollcast.comm import Deadline
+from rollcast.comm.deadline import SPIN_S, nap
 from rollcast.comm.report import WorkerReport
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.records import Received, Reply
@@ -15,8 +17,14 @@ R = TypeVar("R")
 WORDS_SHARE = 0.1
 
 
-def collect(futures: "Sequence[Future[Reply]]", *, deadline: Deadline | None = None) -> list[Reply]:
-    """Wait for all answers. Raises one `EngineError` with what every failed engine said."""
+def collect(futures: "Sequence[Future[Reply]]", *, deadline: Deadline | None = None, soon: bool = False) -> list[Reply]:
+    """Wait for all answers. Raises one `EngineError` with what every failed engine said.
+
+    If they come `soon`, do not sleep: waking up would take as long.
+    """
+    start = time.perf_counter()
+    while soon and not all(future.done() for future in futures) and time.perf_counter() - start < SPIN_S:
+        nap(start, gentle=False)
     replies: list[Reply] = []
     failures: list[str] = []
     for engine, future in enumerate(futures):

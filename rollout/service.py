@@ -1,4 +1,4 @@
-"""The engine process: a ZMQ service around one `Engine` (started by the engine's leader rank).
+"""The engine process: a service around one `Engine` (started by the engine's leader rank).
 
     python -m rollcast.rollout.service FD       # `Launch` as JSON on standard input
 
@@ -13,11 +13,10 @@ import sys
 import traceback
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from rollcast.rollout.engine import Engine
 from rollcast.rollout.errors import RollcastError
+from rollcast.rollout.frames import ID_BYTES, LIMIT_BYTES, frame, frames
 from rollcast.rollout.records import (
     Abandon,
     Call,
@@ -52,29 +51,32 @@ HEALTH_POLL_S = 0.2
 class Service:
     """Answers each request as soon as it is done, in any order."""
 
-    def __init__(self, engine: Engine, *, index: int, socket: zmq.asyncio.Socket) -> None:
+    def __init__(self, engine: Engine, *, index: int) -> None:
         self._engine = engine
         self._index = index
-        self._socket = socket
         self._decoder = msgspec.msgpack.Decoder(Request)
         self._encoder = msgspec.msgpack.Encoder()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    async def open(self, host: str) -> str:
+        """Accept connections on a free port of this machine; the address."""
+        self._server = await asyncio.start_server(self._listen, host, 0, limit=LIMIT_BYTES)
+        return f"{host}:{self._server.sockets[0].getsockname()[1]}"
+
     async def run(self) -> None:
         """Serve until vLLM dies."""
-        accept = asyncio.create_task(self._accept())
         while not self._engine.dead:
             await asyncio.sleep(HEALTH_POLL_S)
-        accept.cancel()
 
-    async def _accept(self) -> None:
-        while True:
-            client, request_id, payload = await self._socket.recv_multipart()
-            task = asyncio.create_task(self._answer(client, request_id, payload))
+    async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One pool's requests, each with an id before it that its reply has, too."""
+        async for message in frames(reader):
+            request_id, payload = message[:ID_BYTES], message[ID_BYTES:]
+            task = asyncio.create_task(self._answer(writer, request_id, payload))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, client: bytes, request_id: bytes, payload: bytes) -> None:
+    async def _answer(self, writer: asyncio.StreamWriter, request_id: bytes, payload: bytes) -> None:
         try:
             reply = await self._carry_out(self._decoder.decode(payload))
         except asyncio.CancelledError:
@@ -87,7 +89,7 @@ class Service:
                 return
             known = isinstance(error, RollcastError | ValueError)
             reply = Failed(str(error) if known else f"{type(error).__name__}: {error}")
-        await self._socket.send_multipart([client, request_id, self._encoder.encode(reply)])
+        writer.write(frame(request_id, self._encoder.encode(reply)))
 
     async def _carry_out(self, request: Request) -> Reply:
         match request:
@@ -121,19 +123,17 @@ class Service:
 async def serve(launch: Launch, ready_fd: int) -> None:
     """Start the engine, announce the address, serve until told to stop (SIGTERM) or vLLM dies."""
     engine = Engine.start(launch)
-    context = zmq.asyncio.Context()
-    socket = context.socket(zmq.ROUTER)
     try:
         await engine.watch()
-        port = socket.bind_to_random_port(f"tcp://{launch.host}")
+        service = Service(engine, index=launch.engine)
+        address = await service.open(launch.host)
         with os.fdopen(ready_fd, "w") as ready:
-            ready.write(f"tcp://{launch.host}:{port}\n")
-        service = asyncio.create_task(Service(engine, index=launch.engine, socket=socket).run())
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, service.cancel)
-        await asyncio.wait([service])
+            ready.write(f"{address}\n")
+        serving = asyncio.create_task(service.run())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
+        await asyncio.wait([serving])
     finally:
         engine.shutdown()
-        context.destroy(linger=0)
 
 
 def die_with_parent() -> None:

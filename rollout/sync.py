@@ -116,7 +116,7 @@ class PoolBroadcaster:
             if failure is not None:
                 raise failure
             with timer("control"):
-                workers = worker_reports(collect(receiving, deadline=deadline))
+                workers = worker_reports(collect(receiving, deadline=deadline, soon=True))
         except Exception as problem:
             error = problem
         with timer("control"):

@@ -1,15 +1,18 @@
 """The trainer's side of the control plane: what waits for an engine ends when the engine, or the job, does."""
 
+import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from multiprocessing.connection import Connection
 
 import msgspec
 import pytest
-import zmq
 from torch import distributed as dist
 
 from rollcast.rollout import EngineError, Sampling
+from rollcast.rollout.frames import ID_BYTES
 from rollcast.rollout.pool import Pool
 from rollcast.rollout.records import Completion, Describe, Failed, Generate, Generated, Reply, Request
 from rollcast.rollout.roster import Roster
@@ -21,19 +24,24 @@ class Peer:
     """The other end of a pool's socket: answers prompts that start with 1 with their length, and is silent else."""
 
     def __init__(self) -> None:
-        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
-        self.address = f"tcp://127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.server.getsockname()[1]}"
         self.prompts: list[list[int]] = []
         threading.Thread(target=self.serve, daemon=True).start()
 
     def serve(self) -> None:
-        while True:
-            client, request_id, payload = self.socket.recv_multipart()
-            request = msgspec.msgpack.decode(payload, type=Request)
-            if isinstance(request, Generate):
-                self.prompts += request.prompts
-                if reply := answer(request):
-                    self.socket.send_multipart([client, request_id, msgspec.msgpack.encode(reply)])
+        line = Connection(self.server.accept()[0].detach())
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self.take(line)
+
+    def take(self, line: Connection) -> None:
+        message = line.recv_bytes()
+        request = msgspec.msgpack.decode(message[ID_BYTES:], type=Request)
+        if isinstance(request, Generate):
+            self.prompts += request.prompts
+            if reply := answer(request):
+                line.send_bytes(message[:ID_BYTES] + msgspec.msgpack.encode(reply))
 
 
 def answer(request: Generate) -> Reply | None:
@@ -118,5 +126,7 @@ def test_a_closed_pool_refuses_and_fails_what_waits(pool: Pool) -> None:
 
 
 def test_a_bad_address_is_an_error(roster: Roster) -> None:
-    with pytest.raises(zmq.ZMQError):
-        Pool(roster, ["tcp://", "nowhere"], max_model_len=64)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(OSError, match=f"127.0.0.1.*{port}"):
+        Pool(roster, [f"127.0.0.1:{port}"], max_model_len=64)
