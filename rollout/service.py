@@ -7,6 +7,7 @@ Writes one line to the file descriptor FD when it is ready: the address it serve
 
 import asyncio
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -125,6 +126,9 @@ async def serve(launch: Launch, ready_fd: int) -> None:
     engine = Engine.start(launch)
     try:
         await engine.watch()
+        # What start-up has made stays. Looking through it again and again would stop the loop for half a second.
+        gc.collect()
+        gc.freeze()
         service = Service(engine, index=launch.engine)
         address = await service.open(launch.host)
         with os.fdopen(ready_fd, "w") as ready:
