@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-# Measured on H200: 4.6 TB/s read and written, where torch._foreach_copy_ reaches 2.1.
+# Measured on H200: 4.6 TB/s read and written, where torch._foreach_copy_ reaches 2.1; 375 GB/s from another GPU. Larger
+# chunks are no faster, and the last ones take longer to end.
 CHUNK_BYTES = 1 << 16
 THREADS = 1024
 KERNEL = r"""
@@ -47,7 +48,7 @@ class FusedCopy:
         self._chunks: torch.Tensor | None = None
         if plain:
             places = [(target.data_ptr(), source.data_ptr(), target.nbytes) for target, source in plain]
-            self._chunks = chunks(places, chunk_bytes=CHUNK_BYTES).to(plain[0][0].device)
+            self._chunks = chunks(places).to(plain[0][0].device)
 
     def run(self) -> None:
         """Copy, on the current stream."""
@@ -57,14 +58,14 @@ class FusedCopy:
             torch._foreach_copy_(self._targets, self._sources)
 
 
-def chunks(places: Sequence[tuple[int, int, int]], *, chunk_bytes: int) -> torch.Tensor:
-    """Cut copies (target, source, bytes) to pieces of at most `chunk_bytes`: int64 [pieces, 3], on the CPU."""
+def chunks(places: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    """Cut copies (target, source, bytes) to pieces of at most `CHUNK_BYTES`: int64 [pieces, 3], on the CPU."""
     # numpy: torch would wake threads for it.
     target, source, nbytes = np.array(places, dtype=np.int64).T
-    counts = -(-nbytes // chunk_bytes)
+    counts = -(-nbytes // CHUNK_BYTES)
     whose = np.repeat(np.arange(len(counts)), counts)
-    offset = (np.arange(len(whose)) - (np.cumsum(counts) - counts)[whose]) * chunk_bytes
-    pieces = target[whose] + offset, source[whose] + offset, np.minimum(nbytes[whose] - offset, chunk_bytes)
+    offset = (np.arange(len(whose)) - (np.cumsum(counts) - counts)[whose]) * CHUNK_BYTES
+    pieces = target[whose] + offset, source[whose] + offset, np.minimum(nbytes[whose] - offset, CHUNK_BYTES)
     return torch.from_numpy(np.stack(pieces, 1))
 
 
