@@ -3,10 +3,9 @@
 import time
 from datetime import timedelta
 
-SPIN_S = 0.02
-# The end of a wait is noticed a little late: whoever decodes in the same process needs the interpreter, too.
-NAP_S, LONG_NAP_S = 20e-6, 100e-6
-NAP_SHARE = 0.02
+SPIN_S, NAP_S = 0.02, 100e-6
+# Of an engine that decodes meanwhile, in steps of ten times as long.
+GENTLE_NAP_S = 500e-6
 
 
 class Deadline:
@@ -30,14 +29,14 @@ class Deadline:
         return timedelta(seconds=max(left_s, 0.001))
 
 
-def nap(since_s: float, *, gentle: bool = True) -> None:
+def nap(since_s: float, *, gentle: bool) -> None:
     """Between two looks at what is not ready yet, since `since_s` of `time.perf_counter`.
 
-    The longer it takes, the longer. Without `gentle` no sleep at first: waking up costs much more than a look.
+    At first without sleep, for waking up takes much longer than a look; `gentle` leaves the interpreter to others.
     """
-    waited_s = time.perf_counter() - since_s
-    if not gentle and waited_s < SPIN_S:
-        # Other threads of this process may have the interpreter, at least.
+    if gentle:
+        time.sleep(GENTLE_NAP_S)
+    elif time.perf_counter() - since_s < SPIN_S:
         time.sleep(0.0)
     else:
-        time.sleep(min(max(NAP_S, waited_s * NAP_SHARE), LONG_NAP_S))
+        time.sleep(NAP_S)

@@ -1,7 +1,7 @@
-"""Messages on a connection: a length, then the bytes (pool, engine process and workers).
+"""Messages on a connection: a length, then the bytes (engine process; the other ends use `Connection`).
 
-asyncio's own sockets: a library with a thread of its own adds two wake-ups to every hop, which cost more than the
-hop, and a sync of a small model is over in a few milliseconds.
+Plain sockets: a library with a thread of its own adds two wake-ups to every hop, which cost more than the hop, and a
+sync of a small model is over in a few milliseconds.
 """
 
 import asyncio

@@ -1,17 +1,20 @@
 """The trainer's side of the engines: hands out prompts, carries requests (every trainer rank has its own pool)."""
 
-import asyncio
+import contextlib
 import itertools
+import os
+import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
 
 from rollcast.comm import Deadline
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.frames import ID_BYTES, LIMIT_BYTES, frame, frames
+from rollcast.rollout.frames import ID_BYTES
 from rollcast.rollout.preflight import check_prompts
 from rollcast.rollout.records import (
     Call,
@@ -52,18 +55,11 @@ class Pool:
         self._ids = itertools.count()
         self._replies: dict[bytes, tuple[int, Future[Reply]]] = {}
         self._lost: dict[int, str] = {}
-        self._decoder = msgspec.msgpack.Decoder(Reply)
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        self._writers: list[asyncio.StreamWriter] = []
         self._lock = threading.Lock()
-        self._closed = False
-        opened: Future[None] = Future()
-        self._thread = threading.Thread(
-            target=self._serve, args=(list(addresses), opened), name="rollcast-pool", daemon=True
-        )
-        self._thread.start()
-        opened.result()
+        self._closed = threading.Event()
+        self._lines = [_Line(address) for address in addresses]
+        self._threads = [self._thread(self._listen, line) for line in self._lines]
+        self._threads.append(self._thread(self._watch))
 
     @property
     def engines(self) -> int:
@@ -128,9 +124,15 @@ class Pool:
         future: Future[Reply] = Future()
         payload = msgspec.msgpack.encode(request)
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 raise EngineError("the pool is closed: generate and sync inside `with join(...)`")
-            self._loop.call_soon_threadsafe(self._send, engine, payload, future)
+            if engine in self._lost:
+                future.set_exception(EngineError(self._lost[engine]))
+                return future
+            request_id = next(self._ids).to_bytes(ID_BYTES, "big")
+            self._replies[request_id] = engine, future
+        # By the caller's own thread, which need not wait for another to wake up.
+        self._lines[engine].send(request_id + payload)
         return future
 
     def ask_all(self, request: Request, *, deadline: Deadline | None = None) -> list[Reply]:
@@ -140,67 +142,35 @@ class Pool:
     def close(self) -> None:
         """Stop talking to the engines; requests under way fail. Idempotent. The engines go on."""
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
+            self._closed.set()
+        self._lose_all("the pool was closed")
+        for thread in self._threads:
+            thread.join()
 
-    def _serve(self, addresses: Sequence[str], opened: "Future[None]") -> None:
-        """The pool's thread."""
-        try:
-            self._loop.run_until_complete(self._run(addresses, opened))
-        except Exception as error:
-            if not opened.done():
-                opened.set_exception(error)
-        finally:
-            self._loop.close()
+    def _thread(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
+        thread = threading.Thread(target=target, args=arguments, name="rollcast-pool", daemon=True)
+        thread.start()
+        return thread
 
-    async def _run(self, addresses: Sequence[str], opened: "Future[None]") -> None:
-        tasks: list[asyncio.Task[None]] = []
-        try:
-            for address in addresses:
-                host, _, port = address.rpartition(":")
-                reader, writer = await asyncio.open_connection(host, int(port), limit=LIMIT_BYTES)
-                self._writers.append(writer)
-                tasks.append(asyncio.create_task(self._listen(reader)))
-            tasks.append(asyncio.create_task(self._watch()))
-            opened.set_result(None)
-            await self._stop.wait()
-        finally:
-            for task in tasks:
-                task.cancel()
-            self._lose_all("the pool was closed")
-            for writer in self._writers:
-                writer.close()
-
-    def _send(self, engine: int, payload: bytes, future: "Future[Reply]") -> None:
-        if engine in self._lost:
-            future.set_exception(EngineError(self._lost[engine]))
-            return
-        request_id = next(self._ids).to_bytes(ID_BYTES, "big")
-        self._replies[request_id] = engine, future
-        self._writers[engine].write(frame(request_id, payload))
-
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
-        """Until the engine ends, which `_watch` hears of, with the reason."""
-        async for message in frames(reader):
-            engine, future = self._replies.pop(message[:ID_BYTES], (0, None))
+    def _listen(self, line: "_Line") -> None:
+        """Take an engine's replies until it ends, which `_watch` hears of, with the reason."""
+        decoder = msgspec.msgpack.Decoder(Reply)
+        for message in line.messages():
+            with self._lock:
+                engine, future = self._replies.pop(message[:ID_BYTES], (0, None))
             if future is None:
                 continue
-            reply = self._decoder.decode(message[ID_BYTES:])
+            reply = decoder.decode(message[ID_BYTES:])
             if isinstance(reply, Failed):
                 future.set_exception(EngineError(named(engine, reply.text)))
             else:
                 future.set_result(reply)
 
-    async def _watch(self) -> None:
+    def _watch(self) -> None:
         """Fail the requests of engines that are lost, and all requests when the job is over."""
-        while True:
-            await asyncio.sleep(WATCH_S)
+        while not self._closed.wait(WATCH_S):
             try:
-                lost = await asyncio.to_thread(self._roster.lost)
-                done = await asyncio.to_thread(self._roster.done)
+                lost, done = self._roster.lost(), self._roster.done()
             except Exception as error:
                 self._lose_all(f"the job's store is gone: {error}")
                 return
@@ -214,8 +184,42 @@ class Pool:
             self._lose(engine, text)
 
     def _lose(self, engine: int, text: str) -> None:
-        self._lost.setdefault(engine, text)
-        for request_id, (owner, future) in list(self._replies.items()):
-            if owner == engine:
-                del self._replies[request_id]
-                future.set_exception(EngineError(text))
+        with self._lock:
+            text = self._lost.setdefault(engine, text)
+            ids = [request_id for request_id, (owner, _) in self._replies.items() if owner == engine]
+            futures = [self._replies.pop(request_id)[1] for request_id in ids]
+        for future in futures:
+            future.set_exception(EngineError(text))
+        # Who is about to send to it must not wait for it.
+        self._lines[engine].close()
+
+
+class _Line:
+    """A connection to an engine's service."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        try:
+            self._socket = socket.create_connection((host, int(port)))
+        except OSError as error:
+            raise OSError(f"the engine at {address} cannot be reached: {error}") from None
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A descriptor of its own: the socket stays ours, to be shut down from any thread.
+        self._connection = Connection(os.dup(self._socket.fileno()))
+        self._sending = threading.Lock()
+
+    def send(self, message: bytes) -> None:
+        """Send it, unless the engine has ended."""
+        with self._sending, contextlib.suppress(OSError):
+            self._connection.send_bytes(message)
+
+    def messages(self) -> Iterator[bytes]:
+        """What comes, until the connection ends."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                yield self._connection.recv_bytes()
+
+    def close(self) -> None:
+        """End it, from any thread. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
