@@ -33,7 +33,9 @@ def rollcast(bench: Bench, *, mode: str | None) -> Iterator[Run]:
     def run() -> Sample:
         start = time.perf_counter()
         report = bench.sync(**arguments)
-        return Sample(time.perf_counter() - start, dict(report.phases_s))
+        seconds = time.perf_counter() - start
+        theirs = {f"worker {phase}": its for worker in report.workers for phase, its in worker.phases_s.items()}
+        return Sample(seconds, dict(report.phases_s) | theirs)
 
     yield run
 

@@ -18,6 +18,7 @@ class BenchWorker(RollcastWorker):
     bench_group: Group | None = None
     bench_buffer: torch.Tensor | None = None
     bench_steps: list[tuple[float, int]]
+    bench_execute: Any
 
     def bench_facts(self) -> dict[str, Any]:
         """Settings that vLLM chose by itself, and how many tokens its KV cache holds."""
@@ -91,7 +92,7 @@ class BenchWorker(RollcastWorker):
         """Note the time and the number of tokens of every step from now on."""
         worker: Any = self
         steps = self.bench_steps = []
-        execute = worker.execute_model
+        execute = self.bench_execute = worker.execute_model
 
         def noting(scheduled: Any) -> Any:
             if scheduled.total_num_scheduled_tokens:
@@ -108,5 +109,6 @@ class BenchWorker(RollcastWorker):
     def bench_unwatch(self) -> list[tuple[float, int]]:
         """Stop; every step that was noted."""
         worker: Any = self
-        del worker.execute_model
+        # Not deleted: what was there is rollcast's own.
+        worker.execute_model = self.bench_execute
         return self.bench_steps

@@ -41,7 +41,7 @@ class SyncedWorker:
         until a later sync succeeds.
         """
         timer, deadline = PhaseTimer(), Deadline(timeout_s)
-        with self._rollcast_leaving(), self._rollcast_after_steps(deadline) as (gate, stream):
+        with self._rollcast_leaving(), self._rollcast_after_steps(deadline, timer) as (gate, stream):
             group = self._rollcast_ready(version, digests, gentle=False)
             before = hashes(self._rollcast_model()) if unchanged else {}
             self.rollcast_receiver.receive(group, deadline=deadline, timer=timer, checksums=verify != "none")
@@ -101,7 +101,9 @@ class SyncedWorker:
             yield gate
 
     @contextmanager
-    def _rollcast_after_steps(self, deadline: Deadline) -> Iterator[tuple[Gate, torch.cuda.Stream | None]]:
+    def _rollcast_after_steps(
+        self, deadline: Deadline, timer: PhaseTimer
+    ) -> Iterator[tuple[Gate, torch.cuda.Stream | None]]:
         """The same, and GPU work waits on a stream of its own until queued steps are done. Meanwhile, bytes travel."""
         gate, group, receiver = self.rollcast_gate, self.rollcast_group, self.rollcast_receiver
         assert gate is not None
@@ -110,7 +112,9 @@ class SyncedWorker:
                 # Steps need the GPU.
                 group.gentle = True
                 receiver.start(group, deadline=deadline)
+            waited_s = timer.total_s()
             with self._rollcast_between_steps(deadline):
+                timer.phases_s["gate"] = timer.total_s() - waited_s
                 gate.follow(stream)
                 yield gate, stream
 
