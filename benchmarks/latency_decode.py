@@ -53,8 +53,9 @@ def updates_while_decoding(bench: Bench, run: Run, *, kv_cache_tokens: int) -> t
         try:
             running = thread.submit(bench.pool.generate, prompts, sampling)
             updates = _update(bench, run, running, pause_s=_wait_until_steady(bench, running, count))
-            # Ends the requests, however long they still are.
-            bench.sync(pause_mode="abort")
+            # However long they still are.
+            bench.pool.abort()
+            running.result()
         finally:
             steps = [(start, tokens) for start, tokens in bench.call("bench_unwatch")]
     stops = [_stop(steps, start, end, pause_s) for start, end, pause_s, _ in updates]

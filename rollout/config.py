@@ -12,6 +12,8 @@ from rollcast.rollout.errors import PreflightError
 
 PAUSE_MODES = ("keep", "wait", "abort")
 PREFIX_CACHE_POLICIES = ("salt", "clear", "keep")
+KV_CACHE_POLICIES = ("kept", "recomputed")
+SYNC_ASLEEP = ("refuse", "wake")
 SYNC_MODES = ("in_place", "shadow")
 TRANSPORTS = ("auto", "nccl", "ipc")
 VERIFY_MODES = ("none", "checksum", "full")
@@ -34,6 +36,7 @@ class How:
 
     mode: str
     pause_mode: str
+    kv_cache: str
     verify: str
     unchanged: bool = False
     """A self-test."""
@@ -41,6 +44,7 @@ class How:
     def check(self) -> None:
         one_of("mode", self.mode, SYNC_MODES)
         one_of("pause_mode", self.pause_mode, PAUSE_MODES)
+        one_of("kv_cache", self.kv_cache, KV_CACHE_POLICIES)
         one_of("verify", self.verify, VERIFY_MODES)
 
 
@@ -77,7 +81,13 @@ class RolloutConfig:
     worker_extension_cls: str = "rollcast.rollout.extension.RollcastWorker"
     """Replace by a subclass to add methods to the workers. Must be importable in the engine's processes."""
     pause_mode: str = "keep"
-    """What a sync does to requests in flight: "keep" freezes them, "wait" lets them finish, "abort" ends them."""
+    """What a sync does to requests in flight. "keep" goes on with them, "wait" lets them finish before, "abort" takes
+    them out of the engine and runs them again from the tokens that they have, under the new weights."""
+    kv_cache: str = "kept"
+    """Of requests that "keep" goes on with. "kept": they use the keys and values that the old weights have made.
+    "recomputed": these are made anew by the new weights, and so is the prefix cache."""
+    sync_asleep: str = "refuse"
+    """What a sync does when an engine's weights sleep: "refuse" it, or "wake" them first."""
     prefix_cache: str = "salt"
     """What a sync does to the prefix cache. "salt": later requests do not find the keys of older weights, which are
     dropped as room is needed. "clear": it is emptied, and requests in flight are run again from their start. "keep":
@@ -108,6 +118,8 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         one_of("pause_mode", self.pause_mode, PAUSE_MODES)
+        one_of("kv_cache", self.kv_cache, KV_CACHE_POLICIES)
+        one_of("sync_asleep", self.sync_asleep, SYNC_ASLEEP)
         one_of("prefix_cache", self.prefix_cache, PREFIX_CACHE_POLICIES)
         one_of("verify", self.verify, VERIFY_MODES)
         one_of("sync_mode", self.sync_mode, SYNC_MODES)

@@ -131,7 +131,7 @@ def _train(
     agreement = Agreement(connect(), rank=world.rank, size=world.trainers)
     try:
         addresses = roster.addresses(deadline=Deadline(config.start_timeout_s))
-        pool = Pool(watched, addresses, max_model_len=config.resolved_max_model_len())
+        pool = Pool(watched, addresses, max_model_len=config.resolved_max_model_len(), rank=world.rank)
         stack.callback(pool.close)
         yield Job(config=config, world=world, cards=cards, _pool=pool, _agreement=agreement, _stack=stack)
         # The last one out says that the job is over: engines must not stop while a trainer generates.

@@ -176,6 +176,7 @@ def _launch(config: RolloutConfig, world: World) -> Launch:
         enforce_eager=config.enforce_eager,
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_num_seqs=config.max_num_seqs,
+        sync_asleep=config.sync_asleep,
         engine_args=dict(config.engine_args),
     )
 

@@ -1,90 +1,132 @@
-"""The trainer's side of the engines: hands out prompts, carries requests (every trainer rank has its own pool)."""
+"""The trainer's side of the engines: hands out prompts, updates, frees memory (every trainer rank has its own pool)."""
 
-import contextlib
+import asyncio
 import itertools
-import os
-import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from multiprocessing.connection import Connection
 from typing import Any
 
-import msgspec
-
-from rollcast.comm import Deadline
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.frames import ID_BYTES
+from rollcast.rollout.links import Links
 from rollcast.rollout.preflight import check_prompts
 from rollcast.rollout.records import (
+    Abort,
     Call,
     Called,
     Completion,
     Describe,
     Description,
-    Failed,
     Fingerprint,
     Fingerprints,
     Generate,
     Generated,
+    Piece,
     Reply,
-    Request,
     Sampling,
     Sleep,
     WakeUp,
 )
-from rollcast.rollout.replies import collect, expect, named
+from rollcast.rollout.replies import expect
 from rollcast.rollout.roster import Roster
+from rollcast.rollout.routing import Router
 
-WATCH_S = 0.25
 SLEEP_TAGS = frozenset({"weights", "kv_cache"})
 
 
-class Pool:
+class Pool(Links):
     """Engines that generate.
 
         groups = pool.generate(prompts, Sampling(max_tokens=64, n=8))
-        groups[i][j].token_ids          # the j-th completion of prompts[i]
+        groups[i][j].token_ids                                  # the j-th completion of prompts[i]
+        future = pool.submit(prompt, sampling, priority=-1)     # one prompt, without waiting
+        async for piece in pool.stream(prompt, sampling): ...   # its tokens as they are made
+        pool.abort()                                            # all end with what they have
 
-    Calls may come from any thread of any trainer rank, at the same time.
+    Calls may come from any thread of any trainer rank, at the same time. All samples of a prompt are made by one
+    engine, the least loaded one, or one that has computed the prompt's beginning: a conversation goes on where its
+    keys and values are cached.
     """
 
-    def __init__(self, roster: Roster, addresses: Sequence[str], *, max_model_len: int) -> None:
-        self._roster = roster
+    def __init__(self, roster: Roster, addresses: Sequence[str], *, max_model_len: int, rank: int = 0) -> None:
         self._max_model_len = max_model_len
-        self._ids = itertools.count()
-        self._replies: dict[bytes, tuple[int, Future[Reply]]] = {}
-        self._lost: dict[int, str] = {}
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._lines = [_Line(address) for address in addresses]
-        self._threads = [self._thread(self._listen, line) for line in self._lines]
-        self._threads.append(self._thread(self._watch))
+        self._name = uuid.uuid4().hex[:8]
+        self._numbers = itertools.count()
+        self._router = Router(len(addresses), first=rank)
+        # By request id: the engine that it went to.
+        self._owners: dict[str, int] = {}
+        super().__init__(roster, addresses)
 
-    @property
-    def engines(self) -> int:
-        """Number of engines."""
-        return self._roster.engines
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        request_ids: Sequence[str] | None = None,
+        priority: int = 0,
+    ) -> list[list[Completion]]:
         """Sample `sampling.n` completions of each prompt; prompts are token ids. Not collective.
 
-        Blocks until all are done. Raises `ValueError` for a prompt that does not fit the engines, `EngineError`
-        when an engine refuses or dies.
+        Blocks until all are done. Requests with a lower `priority` run first; `request_ids` are names to `abort` by,
+        one for each prompt. Raises `ValueError` for a prompt that does not fit the engines, `EngineError` when an
+        engine refuses or dies.
         """
         check_prompts(prompts, max_model_len=self._max_model_len)
-        shares = [range(engine, len(prompts), self.engines) for engine in range(self.engines)]
-        futures = {
-            engine: self.request(engine, Generate([list(prompts[i]) for i in share], sampling))
-            for engine, share in enumerate(shares)
-            if share
-        }
-        groups: list[list[Completion]] = [[] for _ in prompts]
-        for engine, future in futures.items():
-            reply = expect(future.result(), Generated)
-            for index, group in zip(shares[engine], reply.groups, strict=True):
-                groups[index] = group
-        return groups
+        ids = [self._new_id() for _ in prompts] if request_ids is None else request_ids
+        if len(ids) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many request_ids, got {len(ids)}")
+        started: dict[str, Future[list[Completion]]] = {}
+        try:
+            for prompt, request_id in zip(prompts, ids, strict=True):
+                started[request_id] = self.submit(prompt, sampling, request_id=request_id, priority=priority)
+            return [future.result() for future in started.values()]
+        except BaseException:
+            # Nobody will take what the others make.
+            self.abort([*started])
+            raise
+
+    def submit(
+        self, prompt: Sequence[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
+    ) -> "Future[list[Completion]]":
+        """As `generate`, for one prompt, without waiting. `asyncio.wrap_future` makes it awaitable."""
+        return self._start(prompt, sampling, request_id=request_id, priority=priority)
+
+    async def stream(
+        self, prompt: Sequence[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield the tokens of one completion as they are made, from any event loop. The last piece has a finish reason.
+
+        A stream that is left early is aborted. Raises as `generate`, and `ValueError` if `sampling.n` is not 1.
+        """
+        if sampling.n != 1:
+            raise ValueError(f"a stream has one completion: set n to 1, not {sampling.n}")
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+        request_id = request_id or self._new_id()
+
+        def put(piece: Piece | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        future = self._start(prompt, sampling, request_id=request_id, priority=priority, on_piece=put)
+        future.add_done_callback(lambda _: put(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            future.result()
+        finally:
+            if not future.done():
+                self.abort([request_id])
+
+    def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        """End these requests of this pool, or all, with what they have: finish reason "abort". Not collective.
+
+        Does not wait: whoever waits for them gets them. Ids of requests that are over, or unknown, are passed over.
+        """
+        with self._lock:
+            wanted = [*self._owners] if request_ids is None else request_ids
+            owned = [(self._owners[each], each) for each in wanted if each in self._owners]
+        for engine in {engine for engine, _ in owned}:
+            self.request(engine, Abort([each for owner, each in owned if owner == engine]))
 
     def sleep(self, level: int = 1) -> None:
         """Let every engine free its GPU memory: level 1 keeps the weights on the host, 2 drops them. Not collective.
@@ -119,107 +161,48 @@ class Pool:
         """
         return [expect(reply, Called).results for reply in self.ask_all(Call(method, list(args)))]
 
-    def request(self, engine: int, request: Request) -> "Future[Reply]":
-        """Send a request to one engine. The future raises `EngineError` if the engine fails or dies."""
-        future: Future[Reply] = Future()
-        payload = msgspec.msgpack.encode(request)
+    def _start(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        request_id: str | None,
+        priority: int,
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> "Future[list[Completion]]":
+        check_prompts([prompt], max_model_len=self._max_model_len)
+        request_id = request_id or self._new_id()
+        tokens = sampling.n * sampling.max_tokens
         with self._lock:
-            if self._closed.is_set():
-                raise EngineError("the pool is closed: generate and sync inside `with join(...)`")
-            if engine in self._lost:
-                future.set_exception(EngineError(self._lost[engine]))
-                return future
-            request_id = next(self._ids).to_bytes(ID_BYTES, "big")
-            self._replies[request_id] = engine, future
-        # By the caller's own thread, which need not wait for another to wake up.
-        self._lines[engine].send(request_id + payload)
-        return future
+            if request_id in self._owners:
+                raise ValueError(f"request {request_id!r} is under way: give each an id of its own")
+            engine = self._owners[request_id] = self._router.start(prompt, tokens=tokens)
+        stream = on_piece is not None
+        request = Generate(
+            request_id=request_id, prompt=list(prompt), sampling=sampling, priority=priority, stream=stream
+        )
+        done: Future[list[Completion]] = Future()
 
-    def ask_all(self, request: Request, *, deadline: Deadline | None = None) -> list[Reply]:
-        """Send a request to all engines at once and wait for all answers."""
-        return collect([self.request(engine, request) for engine in range(self.engines)], deadline=deadline)
-
-    def close(self) -> None:
-        """Stop talking to the engines; requests under way fail. Idempotent. The engines go on."""
-        with self._lock:
-            self._closed.set()
-        self._lose_all("the pool was closed")
-        for thread in self._threads:
-            thread.join()
-
-    def _thread(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
-        thread = threading.Thread(target=target, args=arguments, name="rollcast-pool", daemon=True)
-        thread.start()
-        return thread
-
-    def _listen(self, line: "_Line") -> None:
-        """Take an engine's replies until it ends, which `_watch` hears of, with the reason."""
-        decoder = msgspec.msgpack.Decoder(Reply)
-        for message in line.messages():
+        def end(reply: "Future[Reply]") -> None:
+            error = reply.exception()
+            group = [] if error else expect(reply.result(), Generated).group
             with self._lock:
-                engine, future = self._replies.pop(message[:ID_BYTES], (0, None))
-            if future is None:
-                continue
-            reply = decoder.decode(message[ID_BYTES:])
-            if isinstance(reply, Failed):
-                future.set_exception(EngineError(named(engine, reply.text)))
+                del self._owners[request_id]
+                self._router.end(engine, prompt, tokens=tokens)
+                for completion in group:
+                    self._router.hold([*prompt, *completion.token_ids], engine)
+            if error:
+                done.set_exception(error)
             else:
-                future.set_result(reply)
+                done.set_result(group)
 
-    def _watch(self) -> None:
-        """Fail the requests of engines that are lost, and all requests when the job is over."""
-        while not self._closed.wait(WATCH_S):
-            try:
-                lost, done = self._roster.lost(), self._roster.done()
-            except Exception as error:
-                self._lose_all(f"the job's store is gone: {error}")
-                return
-            for engine, text in lost.items():
-                self._lose(engine, f"engine {engine} is lost: {text}")
-            if done:
-                self._lose_all("the job is over: a trainer has left it")
-
-    def _lose_all(self, text: str) -> None:
-        for engine in range(self.engines):
-            self._lose(engine, text)
-
-    def _lose(self, engine: int, text: str) -> None:
-        with self._lock:
-            text = self._lost.setdefault(engine, text)
-            ids = [request_id for request_id, (owner, _) in self._replies.items() if owner == engine]
-            futures = [self._replies.pop(request_id)[1] for request_id in ids]
-        for future in futures:
-            future.set_exception(EngineError(text))
-        # Who is about to send to it must not wait for it.
-        self._lines[engine].close()
-
-
-class _Line:
-    """A connection to an engine's service."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
         try:
-            self._socket = socket.create_connection((host, int(port)))
-        except OSError as error:
-            raise OSError(f"the engine at {address} cannot be reached: {error}") from None
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A descriptor of its own: the socket stays ours, to be shut down from any thread.
-        self._connection = Connection(os.dup(self._socket.fileno()))
-        self._sending = threading.Lock()
+            sent = self.request(engine, request, on_piece=on_piece)
+        except EngineError as error:
+            sent = Future()
+            sent.set_exception(error)
+        sent.add_done_callback(end)
+        return done
 
-    def send(self, message: bytes) -> None:
-        """Send it, unless the engine has ended."""
-        with self._sending, contextlib.suppress(OSError):
-            self._connection.send_bytes(message)
-
-    def messages(self) -> Iterator[bytes]:
-        """What comes, until the connection ends."""
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                yield self._connection.recv_bytes()
-
-    def close(self) -> None:
-        """End it, from any thread. Idempotent."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+    def _new_id(self) -> str:
+        return f"{self._name}-{next(self._numbers)}"

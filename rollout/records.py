@@ -4,50 +4,30 @@ from typing import Any
 
 import msgspec
 
-
-class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How to sample; names and meaning as in vLLM's `SamplingParams`."""
-
-    max_tokens: int = 16
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_tokens: int = 0
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+from rollcast.rollout.completions import Completion, Piece, Sampling
 
 
-class Completion(msgspec.Struct, frozen=True):
-    """One sampled completion."""
+class Generate(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Sample from a prompt. Answered by `Generated`; with `stream`, by any number of `Piece` before."""
 
-    token_ids: list[int]
-    logprobs: list[float]
-    """Log-probability of each sampled token, natural log, in the distribution that it was sampled from
-    (temperature and top-p applied)."""
-    finish_reason: str
-    """"stop", "length" or "abort"."""
-    spans: tuple[tuple[int, int], ...]
-    """(policy version, index of its first token), oldest first. More than one if a sync happened in between."""
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """Policy versions that made it, oldest first."""
-        return tuple(version for version, _ in self.spans)
-
-
-class Generate(msgspec.Struct, frozen=True, tag=True):
-    """Sample from each prompt. Answered by `Generated`."""
-
-    prompts: list[list[int]]
+    request_id: str
+    prompt: list[int]
     sampling: Sampling
+    priority: int = 0
+    """Requests with lower numbers run first."""
+    stream: bool = False
 
 
 class Generated(msgspec.Struct, frozen=True, tag=True):
-    """`Sampling.n` completions of each prompt, in order."""
+    """`Sampling.n` completions."""
 
-    groups: list[list[Completion]]
+    group: list[Completion]
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """End requests with what they have. Answered by `Done`; they themselves by `Generated`."""
+
+    request_ids: list[str]
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True):
@@ -114,6 +94,7 @@ class Receive(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     into spare memory while the engine decodes."""
     pause_mode: str
     prefix_cache: str
+    kv_cache: str
     verify: str
     unchanged: bool
     """A self-test: the version stays, and no tensor may change."""
@@ -162,6 +143,8 @@ class Description(msgspec.Struct, frozen=True, tag=True):
     version: int
     torn: str | None
     """Why the engine refuses to generate; None when it serves."""
+    requests: int = 0
+    """Under way, of all trainer ranks."""
 
 
 class Sleep(msgspec.Struct, frozen=True, tag=True):
@@ -212,6 +195,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 Request = (
     Generate
+    | Abort
     | Prepare
     | DescribeLanding
     | JoinGroup
@@ -224,7 +208,7 @@ Request = (
     | Sleep
     | WakeUp
 )
-Reply = Generated | Prepared | LandingPlans | Received | Description | Fingerprints | Called | Done | Failed
+Reply = Piece | Generated | Prepared | LandingPlans | Received | Description | Fingerprints | Called | Done | Failed
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -246,4 +230,5 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     enforce_eager: bool
     gpu_memory_utilization: float
     max_num_seqs: int | None
+    sync_asleep: str
     engine_args: dict[str, Any]

@@ -2,28 +2,43 @@
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
+from rollcast.rollout.drafts import Draft, Switch
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.records import Completion, Sampling
+from rollcast.rollout.records import Completion, Piece, Sampling
 
-# What vLLM makes of our request ids: a number of the sample before them, if there are several, and a random end.
-REQUEST_ID = re.compile(r"(?:(?P<sample>\d+)_)?rollcast-(?P<number>\d+)(?:-|$)")
+# What vLLM makes of our request ids: a random end.
+REQUEST_ID = re.compile(r"rollcast-(?P<number>\d+)(?:-|$)")
+Emit = Callable[[Piece], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Switch:
-    """The engine went over to new weights."""
+@dataclass(slots=True)
+class Running:
+    """One request of the pool's."""
 
-    version: int
-    tokens: Mapping[tuple[int, int], int]
-    """By request and sample: how many tokens are of older versions. Requests that had not run yet are left out."""
+    request_id: str
+    prompt: list[int]
+    sampling: Sampling
+    priority: int
+    emit: Emit | None
+    """For a stream: called with each piece."""
+    ended: bool = False
+    """Somebody wants it to end with what it has."""
+    numbers: set[int] = field(default_factory=set)
+    """Of vLLM's requests for it."""
 
 
 class Requests:
-    """Samples from one `AsyncLLM`. Everything runs on one event loop."""
+    """Samples from one `AsyncLLM`. Everything runs on one event loop.
+
+    Each sample is a request of vLLM's. If a sync ends it (`pause_mode="abort"`), another request goes on from the
+    tokens that it has, under the new weights.
+    """
 
     def __init__(self, llm: Any, *, index: int, eos_token_ids: tuple[int, ...]) -> None:
         self._llm = llm
@@ -31,9 +46,10 @@ class Requests:
         self._eos_token_ids = eos_token_ids
         self._count = 0
         self._switch = Switch(0, {})
-        # By request: the switch that it arrived after, and those since.
-        self._running: dict[int, list[Switch]] = {}
-        self._waiting: set[asyncio.Task[list[Completion]]] = set()
+        # By vLLM's request: the switch that it arrived after, and those since.
+        self._switches: dict[int, list[Switch]] = {}
+        self._running: dict[str, Running] = {}
+        self._waiting: set[asyncio.Task[Completion]] = set()
         self._decided = asyncio.Event()
         self._decided.set()
         self.refusal = ""
@@ -45,6 +61,11 @@ class Requests:
     def version(self) -> int:
         """Policy version of the weights."""
         return self._switch.version
+
+    @property
+    def count(self) -> int:
+        """Of the pool's requests that are under way."""
+        return len(self._running)
 
     def hold(self) -> None:
         """The weights change: what ends from now on may be of some that will not be served, and is kept back.
@@ -61,28 +82,43 @@ class Requests:
         """The engine is on `version`; `tokens` is how many each request, by vLLM's id, had before."""
         if version != self.version:
             found = ((REQUEST_ID.match(request), count) for request, count in tokens.items())
-            places = ((int(its["number"]), int(its["sample"] or 0), count) for its, count in found if its)
-            kept = {(number, sample): count for number, sample, count in places if number in self._running}
-            self._switch = Switch(version, kept)
-            for switches in self._running.values():
+            places = ((int(its["number"]), count) for its, count in found if its)
+            self._switch = Switch(version, {number: count for number, count in places if number in self._switches})
+            for switches in self._switches.values():
                 switches.append(self._switch)
         self.refusal = ""
         self.release()
 
-    async def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
-        """Sample `sampling.n` completions of each prompt; groups in the order of the prompts."""
+    async def generate(self, request: Running) -> list[Completion]:
+        """Sample `sampling.n` completions of the prompt, in order."""
         if self.refusal:
             raise EngineError(self.refusal)
-        tasks = [asyncio.create_task(self._sample(prompt, sampling)) for prompt in prompts]
+        if request.request_id in self._running:
+            raise EngineError(f"request {request.request_id!r} is under way already: give each an id of its own")
+        self._running[request.request_id] = request
+        tasks = [asyncio.create_task(self._sample(request, index)) for index in range(request.sampling.n)]
         self._waiting.update(tasks)
         try:
-            return await asyncio.gather(*tasks)
+            group = await asyncio.gather(*tasks)
         except asyncio.CancelledError:
             raise EngineError(self.refusal or f"engine {self._index} ended the request") from None
         finally:
             for task in tasks:
                 task.cancel()
             self._waiting.difference_update(tasks)
+            del self._running[request.request_id]
+        # Made once: the samples have one prompt.
+        prompt_logprobs = group[0].prompt_logprobs if group else None
+        return [msgspec.structs.replace(each, prompt_logprobs=prompt_logprobs) for each in group]
+
+    async def abort(self, request_ids: Iterable[str] | None = None) -> None:
+        """End these requests, or all, with what they have. Those that are not here are over already."""
+        wanted = [*self._running] if request_ids is None else request_ids
+        found = [self._running[request_id] for request_id in wanted if request_id in self._running]
+        for request in found:
+            request.ended = True
+        numbers = [number for request in found for number in request.numbers]
+        await self._llm.abort([f"rollcast-{number}" for number in numbers])
 
     def refuse(self, why: str) -> None:
         """End every request, and serve none until `refusal` is empty again."""
@@ -90,59 +126,36 @@ class Requests:
         for task in self._waiting:
             task.cancel()
 
-    async def _sample(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
+    async def _sample(self, request: Running, index: int) -> Completion:
+        draft = Draft(request.prompt, request.sampling, index)
+        while draft.finish_reason is None:
+            await self._decided.wait()
+            if request.ended:
+                draft.finish_reason = "abort"
+            else:
+                await self._extend(request, draft)
+        return draft.completion()
+
+    async def _extend(self, request: Running, draft: Draft) -> None:
+        """Run the sample until it ends, or a sync ends it."""
         from vllm.inputs.engine import tokens_input
 
-        await self._decided.wait()
         self._count += 1
-        number, outputs = self._count, []
-        switches = self._running[number] = [self._switch]
+        number = self._count
+        request.numbers.add(number)
+        switches = self._switches[number] = [self._switch]
+        draft.begin()
         # In vLLM's own form, which it takes at once: a request must not meet a switch on its way in.
-        request = tokens_input(prompt, cache_salt=f"rollcast-{self.salt}")
+        tokens = tokens_input(draft.prompt + draft.token_ids, cache_salt=f"rollcast-{self.salt}")
+        params = draft.params(eos_token_ids=self._eos_token_ids, stream=request.emit is not None)
         try:
-            async for final in self._llm.generate(request, self._params(sampling), f"rollcast-{number}"):
-                outputs = final.outputs
-            await self._decided.wait()
+            async for found in self._llm.generate(tokens, params, f"rollcast-{number}", priority=request.priority):
+                await self._decided.wait()
+                (output,) = found.outputs
+                piece = draft.take(output, number, switches, ended=request.ended)
+                draft.take_prompt(found)
+                if request.emit is not None and (piece.token_ids or piece.finish_reason):
+                    request.emit(piece)
         finally:
-            del self._running[number]
-        return [_completion(output, spans_of(switches, (number, output.index), output)) for output in outputs]
-
-    def _params(self, sampling: Sampling) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            n=sampling.n,
-            max_tokens=sampling.max_tokens,
-            min_tokens=sampling.min_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            stop_token_ids=[*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_token_ids)],
-            ignore_eos=sampling.ignore_eos,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
-
-def spans_of(switches: Sequence[Switch], place: tuple[int, int], output: Any) -> tuple[tuple[int, int], ...]:
-    """(version, first token) of a sample that arrived under the first of these and was over after the last."""
-    start, *later = switches
-    spans = [(start.version, 0)]
-    for switch in later:
-        position = switch.tokens.get(place, 0)
-        if position >= len(output.token_ids):
-            break
-        if position == spans[-1][1]:
-            # Not a token in between.
-            spans.pop()
-        spans.append((switch.version, position))
-    return tuple(spans)
-
-
-def _completion(output: Any, spans: tuple[tuple[int, int], ...]) -> Completion:
-    tokens = list(output.token_ids)
-    logprobs = [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)]
-    return Completion(tokens, logprobs, output.finish_reason or "abort", spans)
+            del self._switches[number]
+            request.numbers.discard(number)

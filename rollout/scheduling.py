@@ -1,4 +1,4 @@
-"""Holding vLLM's scheduler and clearing its caches (engine process; the one place that knows these hooks)."""
+"""Holding vLLM's scheduler, its caches and its memory (engine process; the one place that knows these hooks)."""
 
 import asyncio
 from typing import Any
@@ -14,6 +14,8 @@ class Scheduling:
         self._llm = llm
         self._core = llm.engine_core
         self.paused = False
+        self.asleep: frozenset[str] = frozenset()
+        """What has given its memory back: "weights", "kv_cache"."""
 
     async def pause(self, mode: str, *, timeout_s: float) -> None:
         """Schedule nothing more. vLLM's modes: "keep", "wait", "abort". Raises `TimeoutError` with what to change."""
@@ -37,3 +39,13 @@ class Scheduling:
             if await self._llm.reset_prefix_cache(reset_running_requests=reset_running_requests):
                 return True
         return False
+
+    async def sleep(self, level: int) -> None:
+        """Give memory back, as vLLM's levels say."""
+        await self._llm.sleep(level=level)
+        self.asleep = frozenset({"weights", "kv_cache"})
+
+    async def wake_up(self, tags: list[str]) -> None:
+        """Take the memory of `tags` back; all of it when `tags` is empty."""
+        await self._llm.wake_up(tags=tags or None)
+        self.asleep = self.asleep - set(tags) if tags else frozenset()

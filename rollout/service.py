@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
@@ -20,6 +22,7 @@ from rollcast.rollout.errors import RollcastError
 from rollcast.rollout.frames import ID_BYTES, LIMIT_BYTES, frame, frames
 from rollcast.rollout.records import (
     Abandon,
+    Abort,
     Call,
     Called,
     Commit,
@@ -44,6 +47,7 @@ from rollcast.rollout.records import (
     Sleep,
     WakeUp,
 )
+from rollcast.rollout.requests import Running
 
 PR_SET_PDEATHSIG = 1
 HEALTH_POLL_S = 0.2
@@ -79,7 +83,12 @@ class Service:
 
     async def _answer(self, writer: asyncio.StreamWriter, request_id: bytes, payload: bytes) -> None:
         try:
-            reply = await self._carry_out(self._decoder.decode(payload))
+            request = self._decoder.decode(payload)
+            reply = await (
+                self._generate(request, partial(self._send, writer, request_id))
+                if isinstance(request, Generate)
+                else self._carry_out(request)
+            )
         except asyncio.CancelledError:
             reply = Failed("the request was abandoned")
         except Exception as error:
@@ -90,34 +99,44 @@ class Service:
                 return
             known = isinstance(error, RollcastError | ValueError)
             reply = Failed(str(error) if known else f"{type(error).__name__}: {error}")
+        self._send(writer, request_id, reply)
+
+    def _send(self, writer: asyncio.StreamWriter, request_id: bytes, reply: Reply) -> None:
         writer.write(frame(request_id, self._encoder.encode(reply)))
+
+    async def _generate(self, request: Generate, send: Callable[[Reply], None]) -> Reply:
+        emit = send if request.stream else None
+        running = Running(request.request_id, request.prompt, request.sampling, request.priority, emit)
+        return Generated(await self._engine.generate(running))
 
     async def _carry_out(self, request: Request) -> Reply:
         match request:
-            case Generate():
-                return Generated(await self._engine.generate(request.prompts, request.sampling))
+            case Abort():
+                await self._engine.abort(request.request_ids)
             case Prepare():
-                return Prepared(await self._engine.prepare(request.manifest))
+                return Prepared(await self._engine.updates.prepare(request.manifest))
             case DescribeLanding():
-                return LandingPlans(await self._engine.call("rollcast_describe_landing"))
+                return LandingPlans(await self._engine.workers.call("rollcast_describe_landing"))
             case JoinGroup():
-                await self._engine.join(request)
+                await self._engine.updates.join(request)
             case Receive():
-                return Received(await self._engine.receive(request))
+                return Received(await self._engine.updates.receive(request))
             case Commit():
-                await self._engine.commit(request.version, timeout_s=request.timeout_s)
+                await self._engine.updates.commit(request.version, timeout_s=request.timeout_s)
             case Abandon():
-                await self._engine.abandon(request.text)
+                await self._engine.updates.abandon(request.text)
             case Describe():
-                return Description(self._index, os.getpid(), self._engine.version, self._engine.torn)
+                return Description(
+                    self._index, os.getpid(), self._engine.version, self._engine.torn, self._engine.requests
+                )
             case Sleep():
                 await self._engine.sleep(request.level)
             case WakeUp():
                 await self._engine.wake_up(request.tags)
             case Call():
-                return Called(await self._engine.call(request.method, *request.args))
+                return Called(await self._engine.workers.call(request.method, *request.args))
             case Fingerprint():
-                return Fingerprints(await self._engine.call("rollcast_fingerprint"))
+                return Fingerprints(await self._engine.workers.call("rollcast_fingerprint"))
         return Done()
 
 

@@ -25,6 +25,8 @@ def start_llm(launch: Launch) -> Any:
         "skip_tokenizer_init": True,
         # The policy ratio needs the distribution that was sampled from.
         "logprobs_mode": "processed_logprobs",
+        # As first come, first served, where nobody asks for priorities.
+        "scheduling_policy": "priority",
         "disable_log_stats": True,
     }
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**args | optional | launch.engine_args))

@@ -64,19 +64,24 @@ class PoolBroadcaster:
         version: int,
         mode: str | None = None,
         pause_mode: str | None = None,
+        kv_cache: str | None = None,
         verify: str | None = None,
         hardware: bool = False,
     ) -> SyncReport:
         """Send the weights as they are now; every engine serves them as `version` when this returns.
 
-        Collective over the trainer ranks, which all get rank 0's report. `version` must grow. `mode` says where
-        the weights arrive ("in_place" or "shadow"), `pause_mode` what happens to requests in flight ("keep", "wait"
-        or "abort"), `verify` how it is made sure that what arrived is what was sent ("none", "checksum" or "full");
-        None: as configured, see `RolloutConfig`. With `hardware` rank 0's report has the GPUs' memory and NVLink
-        traffic. Raises `ValueError` for bad input, and `SyncError` with the words of whoever failed.
+        Collective over the trainer ranks, which all get rank 0's report. `version` must grow. `mode`, `pause_mode`,
+        `kv_cache` and `verify`: see `RolloutConfig` (for `mode`, `sync_mode`); None: as configured. With `hardware`
+        rank 0's report has the GPUs' memory and NVLink traffic. Raises `ValueError` for bad input, and `SyncError`
+        with the words of whoever failed.
         """
-        config = self._config
-        how = How(mode or config.sync_mode, pause_mode or config.pause_mode, verify or config.verify)
+        its = self._config
+        how = How(
+            mode=mode or its.sync_mode,
+            pause_mode=pause_mode or its.pause_mode,
+            kv_cache=kv_cache or its.kv_cache,
+            verify=verify or its.verify,
+        )
         if not hardware or self._rank:
             return self._sync(version, how)
         with GpuWatch(self._pool, self._lanes.device).during() as watch:
@@ -90,7 +95,7 @@ class PoolBroadcaster:
         this model, packed and quantised modules included, against vLLM's own load. Collective over the trainer
         ranks; the version stays. Raises `SyncError` naming the tensors that changed.
         """
-        return self._sync(self.version, How("in_place", self._config.pause_mode, "full", unchanged=True))
+        return self._sync(self.version, How("in_place", self._config.pause_mode, "kept", "full", unchanged=True))
 
     def _sync(self, version: int, how: How) -> SyncReport:
         # First of all: a rank whose call is refused must stay in step with those whose call is not.
@@ -192,6 +197,7 @@ class PoolBroadcaster:
                     mode=how.mode,
                     pause_mode=how.pause_mode,
                     prefix_cache=self._config.prefix_cache,
+                    kv_cache=how.kv_cache,
                     verify=how.verify,
                     unchanged=how.unchanged,
                     alone=self._alone,

@@ -28,7 +28,6 @@ from rollcast.comm.buckets import fill_buckets
 from rollcast.rollout import RolloutConfig
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.landing import LandingPlan
-from rollcast.rollout.pool import collect
 from rollcast.rollout.records import (
     Abandon,
     Commit,
@@ -43,6 +42,7 @@ from rollcast.rollout.records import (
     Request,
     WorkerTimes,
 )
+from rollcast.rollout.replies import collect
 from rollcast.rollout.sync import PoolBroadcaster
 
 

@@ -21,31 +21,36 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "facts.json").read_text())
 
 
-@pytest.mark.parametrize("mode", ["in_place", "shadow"])
-def test_kept_requests_are_cut_at_the_very_token(facts: dict[str, Any], mode: str) -> None:
-    """Before the cut the log-probabilities are the old weights' own; right behind it they are not."""
-    version = {"in_place": 1, "shadow": 4}[mode]
+@pytest.mark.parametrize(
+    ("way", "version"),
+    [
+        ("in_place keep kept", 1),
+        ("in_place abort kept", 3),
+        ("shadow keep kept", 4),
+        ("in_place keep recomputed", 5),
+        ("shadow abort kept", 6),
+    ],
+)
+def test_requests_are_cut_at_the_very_token_and_go_on(facts: dict[str, Any], way: str, version: int) -> None:
+    """Before the cut the log-probabilities are the old weights' own; right behind it they are not.
+
+    Where keys and values are made anew, all that is behind is the new weights' own.
+    """
     behind: list[float] = []
-    for tokens, logprobs, reason, spans, *around in facts[f"{mode} keep"]:
+    for tokens, logprobs, reason, spans, *around in facts[way]:
         assert (tokens, logprobs, reason) == (LENGTH, LENGTH, "length")
         assert [its[0] for its in spans] in ([version - 1], [version - 1, version], [version])
         if len(spans) == 2:
             assert around[0] < 1e-4
             behind.append(around[1])
+            assert (around[2] < 1e-4) is not way.endswith("keep kept")
     assert len(behind) >= 12
     # A single token can happen to be as likely under both.
     assert sum(difference > 1e-4 for difference in behind) > 0.8 * len(behind)
 
 
 def test_wait_lets_requests_finish_under_the_old_version(facts: dict[str, Any]) -> None:
-    assert facts["in_place wait"][:12] == [[LENGTH, LENGTH, "length", [[1, 0]]]] * 12
-
-
-def test_abort_ends_requests_with_what_they_have(facts: dict[str, Any]) -> None:
-    for tokens, logprobs, reason, spans in facts["in_place abort"][:12]:
-        assert 0 <= tokens == logprobs < LENGTH
-        assert reason == "abort"
-        assert spans == [[2, 0]]
+    assert facts["in_place wait kept"][:12] == [[LENGTH, LENGTH, "length", [[1, 0]]]] * 12
 
 
 def test_the_old_prefix_cache_serves_nobody(facts: dict[str, Any]) -> None:
@@ -54,8 +59,8 @@ def test_the_old_prefix_cache_serves_nobody(facts: dict[str, Any]) -> None:
 
 def test_refusals_say_what_to_do(facts: dict[str, Any]) -> None:
     assert facts["replaced"].startswith("RuntimeError: this broadcaster was closed")
-    assert facts["not newer"] == "ValueError: version must grow: 4 after 4"
+    assert facts["not newer"] == "ValueError: version must grow: 6 after 6"
     assert "unknown pause_mode 'never', expected one of keep, wait, abort" in facts["unknown mode"]
-    assert facts["newer"] == 5
+    assert facts["newer"] == 7
     assert facts["long prompt"].startswith("ValueError: prompt 1 has 1024 tokens, but max_model_len is 1024")
     assert facts["closed"].startswith("EngineError: the pool is closed")

@@ -39,17 +39,21 @@ class Peer:
         message = line.recv_bytes()
         request = msgspec.msgpack.decode(message[ID_BYTES:], type=Request)
         if isinstance(request, Generate):
-            self.prompts += request.prompts
+            self.prompts.append(request.prompt)
             if reply := answer(request):
                 line.send_bytes(message[:ID_BYTES] + msgspec.msgpack.encode(reply))
 
 
 def answer(request: Generate) -> Reply | None:
-    first = request.prompts[0][0]
+    first, length = request.prompt[0], len(request.prompt)
     if first == 0:
         return Failed("no zeros please")
-    lengths = [len(prompt) for prompt in request.prompts]
-    return Generated([[Completion([n], [0.0], "stop", ((0, 0),))] for n in lengths]) if first == 1 else None
+    return Generated([Completion([length], [0.0], "stop", ((0, 0),))]) if first == 1 else None
+
+
+def waiting() -> Generate:
+    """A request that is never answered."""
+    return Generate(request_id="silent", prompt=[7], sampling=Sampling())
 
 
 @pytest.fixture
@@ -92,7 +96,7 @@ def test_an_engines_words_reach_the_caller(pool: Pool) -> None:
 
 
 def test_requests_of_a_lost_engine_fail_and_those_of_others_go_on(pool: Pool, roster: Roster) -> None:
-    silent = [pool.request(engine, Generate([[7]], Sampling())) for engine in (0, 1)]
+    silent = [pool.request(engine, waiting()) for engine in (0, 1)]
     roster.report_lost(1, "it stumbled")
     assert failure(silent[1]) == "engine 1 is lost: it stumbled"
     assert not silent[0].done()
@@ -101,7 +105,7 @@ def test_requests_of_a_lost_engine_fail_and_those_of_others_go_on(pool: Pool, ro
 
 
 def test_when_the_job_is_over_nothing_waits(pool: Pool, roster: Roster) -> None:
-    silent = pool.request(0, Generate([[7]], Sampling()))
+    silent = pool.request(0, waiting())
     roster.finish()
     assert "the job is over" in failure(silent)
 
@@ -112,12 +116,12 @@ def test_when_the_store_is_gone_nothing_waits(peers: list[Peer]) -> None:
             raise dist.DistNetworkError("connection reset")
 
     pool = Pool(Gone(dist.HashStore(), engines=2), [peer.address for peer in peers], max_model_len=64)
-    assert "store is gone: connection reset" in failure(pool.request(0, Generate([[7]], Sampling())))
+    assert "store is gone: connection reset" in failure(pool.request(0, waiting()))
     pool.close()
 
 
 def test_a_closed_pool_refuses_and_fails_what_waits(pool: Pool) -> None:
-    silent = pool.request(0, Generate([[7]], Sampling()))
+    silent = pool.request(0, waiting())
     pool.close()
     assert "the pool was closed" in failure(silent)
     with pytest.raises(EngineError, match="the pool is closed"):

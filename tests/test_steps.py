@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from rollcast.rollout.requests import REQUEST_ID, Switch, spans_of
+from rollcast.rollout.drafts import Switch, from_token, joined, spans_of
+from rollcast.rollout.requests import REQUEST_ID
 from rollcast.rollout.steps import StepWatch
 
 
@@ -59,17 +60,16 @@ def test_requests_that_wait_or_end_keep_their_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_id", "place"),
+    ("request_id", "number"),
     [
-        ("rollcast-12", (12, 0)),
-        ("rollcast-12-0a1b2c3d", (12, 0)),
-        ("3_rollcast-7-0a1b2c3d", (7, 3)),
+        ("rollcast-12", 12),
+        ("rollcast-12-0a1b2c3d", 12),
         ("chatcmpl-7", None),
     ],
 )
-def test_vllms_request_ids_are_read(request_id: str, place: tuple[int, int] | None) -> None:
+def test_vllms_request_ids_are_read(request_id: str, number: int | None) -> None:
     found = REQUEST_ID.match(request_id)
-    assert (found and (int(found["number"]), int(found["sample"] or 0))) == place
+    assert (found and int(found["number"])) == number
 
 
 @pytest.mark.parametrize(
@@ -103,5 +103,13 @@ def test_a_completion_is_cut_where_the_engine_switched(
     cuts: list[int | None], count: int, spans: list[tuple[int, int]]
 ) -> None:
     switches = [Switch(3, {})]
-    switches += [Switch(4 + at, {} if cut is None else {(1, 0): cut}) for at, cut in enumerate(cuts)]
-    assert list(spans_of(switches, (1, 0), SimpleNamespace(token_ids=[0] * count))) == spans
+    switches += [Switch(4 + at, {} if cut is None else {1: cut}) for at, cut in enumerate(cuts)]
+    assert list(spans_of(switches, 1, count)) == spans
+
+
+def test_spans_go_on_where_others_end() -> None:
+    assert joined(((1, 0), (2, 5)), [(2, 7), (3, 9)]) == ((1, 0), (2, 5), (3, 9))
+    assert joined(((1, 0), (2, 5)), [(3, 5)]) == ((1, 0), (3, 5))
+    assert joined(((1, 0), (2, 0)), [(1, 0)]) == ((1, 0),)
+    assert from_token(((1, 0), (2, 5), (3, 9)), 6) == ((2, 0), (3, 3))
+    assert from_token(((1, 0), (2, 5)), 5) == ((2, 0),)

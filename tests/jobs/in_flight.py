@@ -18,7 +18,14 @@ from models import build, perturb
 import rollcast.rollout as rollcast
 
 LENGTH = 900
-WAYS = (("in_place", "keep"), ("in_place", "wait"), ("in_place", "abort"), ("shadow", "keep"))
+WAYS = (
+    ("in_place", "keep", "kept"),
+    ("in_place", "wait", "kept"),
+    ("in_place", "abort", "kept"),
+    ("shadow", "keep", "kept"),
+    ("in_place", "keep", "recomputed"),
+    ("shadow", "abort", "kept"),
+)
 PROMPTS = [[5, 6, 7], [9, 8, 3], [4, 4, 4]]
 
 
@@ -32,16 +39,15 @@ def main() -> None:
         model = build("untied")
         broadcaster = job.broadcaster(model)
         with ThreadPoolExecutor(1) as threads:
-            for version, (mode, pause_mode) in enumerate(WAYS, start=1):
-                meeting = in_flight(job, broadcaster, model, threads, version=version, mode=mode, pause_mode=pause_mode)
-                facts[f"{mode} {pause_mode}"] = meeting
+            for version, way in enumerate(WAYS, start=1):
+                facts[" ".join(way)] = in_flight(job, broadcaster, model, threads, version=version, way=way)
         # The prompts of above are in the prefix cache with keys of older weights.
         facts["after"] = [after_switch(job, model, prompt) for prompt in PROMPTS]
         newer = job.broadcaster(model)
         facts["replaced"] = said(lambda: broadcaster.sync(version=9))
-        facts["not newer"] = said(lambda: newer.sync(version=4))
-        facts["unknown mode"] = said(lambda: newer.sync(version=5, pause_mode="never"))
-        facts["newer"] = newer.sync(version=5).version
+        facts["not newer"] = said(lambda: newer.sync(version=6))
+        facts["unknown mode"] = said(lambda: newer.sync(version=7, pause_mode="never"))
+        facts["newer"] = newer.sync(version=7).version
         facts["long prompt"] = said(lambda: job.pool.generate([[1], [2] * 1024], rollcast.Sampling()))
     facts["closed"] = said(lambda: job.pool.generate([[1]], rollcast.Sampling()))
     report.write_text(json.dumps(facts))
@@ -54,8 +60,7 @@ def in_flight(
     threads: ThreadPoolExecutor,
     *,
     version: int,
-    mode: str,
-    pause_mode: str,
+    way: tuple[str, str, str],
 ) -> list[list[Any]]:
     """What becomes of long requests that a sync meets half way; one batch after the other until it is over."""
     synced, old = threading.Event(), copy.deepcopy(model)
@@ -63,12 +68,12 @@ def in_flight(
     # They have arrived by then, and are far from done on any machine.
     time.sleep(0.3)
     perturb(model, seed=version)
-    broadcaster.sync(version=version, mode=mode, pause_mode=pause_mode)
+    mode, pause_mode, kv_cache = way
+    broadcaster.sync(version=version, mode=mode, pause_mode=pause_mode, kv_cache=kv_cache)
     synced.set()
     return [
-        [len(sample.token_ids), len(sample.logprobs), sample.finish_reason, sample.spans, *around_cut(old, *pair)]
-        for pair in running.result()
-        for sample in pair[1:]
+        [len(its.token_ids), len(its.logprobs), its.finish_reason, its.spans, *around_cut(old, model, prompt, its)]
+        for prompt, its in running.result()
     ]
 
 
@@ -81,13 +86,16 @@ def generate(job: rollcast.Job, synced: threading.Event) -> list[tuple[list[int]
     return pairs
 
 
-def around_cut(old: Any, prompt: list[int], sample: rollcast.Completion) -> list[float]:
-    """How far the sample's log-probabilities are from the old weights': before its cut, and at the token behind."""
+def around_cut(old: Any, new: Any, prompt: list[int], sample: rollcast.Completion) -> list[float]:
+    """How far the sample's log-probabilities are from the old weights' before its cut, and at the token behind.
+
+    And how far those behind are from the new weights' own, in one pass over all tokens.
+    """
     if len(sample.spans) < 2:
         return []
     cut = sample.spans[1][1]
-    differences = distances(old, prompt, sample)
-    return [differences[:cut].max().item(), differences[cut].item()]
+    theirs, ours = distances(old, prompt, sample), distances(new, prompt, sample)
+    return [theirs[:cut].max().item(), theirs[cut].item(), ours[cut:].max().item()]
 
 
 def distances(model: Any, prompt: list[int], sample: rollcast.Completion) -> torch.Tensor:

@@ -32,7 +32,7 @@ async def main() -> None:
 
 async def refusal(engine: Engine, manifest: bytes) -> str:
     try:
-        await engine.prepare(manifest)
+        await engine.updates.prepare(manifest)
     except EngineError as error:
         return str(error)
     return "none"
@@ -55,6 +55,7 @@ def launch(folder: str) -> Launch:
         enforce_eager=True,
         gpu_memory_utilization=0.9,
         max_num_seqs=None,
+        sync_asleep=config.sync_asleep,
         engine_args={"enable_lora": True, "max_lora_rank": 8},
     )
 

@@ -1,0 +1,52 @@
+"""What the pool is asked for, and what it gives (every process)."""
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How to sample; names and meaning as in vLLM's `SamplingParams`."""
+
+    max_tokens: int = 16
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_tokens: int = 0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    prompt_logprobs: bool = False
+    """Whether completions carry the log-probabilities of the prompt's own tokens. Such a prompt is computed anew."""
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """One sampled completion."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Log-probability of each sampled token, natural log, in the distribution that it was sampled from
+    (temperature and top-p applied)."""
+    finish_reason: str
+    """"stop", "length" or "abort"."""
+    spans: tuple[tuple[int, int], ...]
+    """(policy version, index of its first token), oldest first. More than one if a sync happened in between."""
+    prompt_logprobs: list[float | None] | None = None
+    """On request: natural log-probability of each token of the prompt; None for the first, before which is nothing."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were in the prefix cache."""
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Policy versions that made it, oldest first."""
+        return tuple(version for version, _ in self.spans)
+
+
+class Piece(msgspec.Struct, frozen=True, tag=True):
+    """Some more tokens of a completion that is streamed."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    spans: tuple[tuple[int, int], ...]
+    """(policy version, index of its first token in this piece)."""
+    finish_reason: str | None
+    """As in `Completion`; None as long as more will come."""

@@ -1,0 +1,168 @@
+"""Connections to the engines: requests, replies, and the end of what waits for an engine that is lost (trainer)."""
+
+import contextlib
+import itertools
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+
+from rollcast.comm import Deadline
+from rollcast.rollout.errors import EngineError
+from rollcast.rollout.frames import ID_BYTES
+from rollcast.rollout.records import Failed, Piece, Reply, Request
+from rollcast.rollout.replies import collect, named
+from rollcast.rollout.roster import Roster
+
+WATCH_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    engine: int
+    future: "Future[Reply]"
+    on_piece: Callable[[Piece], None] | None
+
+
+class Links:
+    """One connection to each engine. Calls may come from any thread."""
+
+    def __init__(self, roster: Roster, addresses: Sequence[str]) -> None:
+        self._roster = roster
+        self._ids = itertools.count()
+        self._waiting: dict[bytes, _Waiting] = {}
+        self._lost: dict[int, str] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._lines = [_Line(address) for address in addresses]
+        self._threads = [self._thread(self._listen, line) for line in self._lines]
+        self._threads.append(self._thread(self._watch))
+
+    @property
+    def engines(self) -> int:
+        """Number of engines."""
+        return self._roster.engines
+
+    def request(
+        self, engine: int, request: Request, *, on_piece: Callable[[Piece], None] | None = None
+    ) -> "Future[Reply]":
+        """Send a request to one engine. The future raises `EngineError` if the engine fails or dies.
+
+        `on_piece` is called with every `Piece` before the reply, on a thread of the pool's.
+        """
+        future: Future[Reply] = Future()
+        payload = msgspec.msgpack.encode(request)
+        with self._lock:
+            if self._closed.is_set():
+                raise EngineError("the pool is closed: generate and sync inside `with join(...)`")
+            if engine in self._lost:
+                future.set_exception(EngineError(self._lost[engine]))
+                return future
+            request_id = next(self._ids).to_bytes(ID_BYTES, "big")
+            self._waiting[request_id] = _Waiting(engine, future, on_piece)
+        # By the caller's own thread, which need not wait for another to wake up.
+        self._lines[engine].send(request_id + payload)
+        return future
+
+    def ask_all(self, request: Request, *, deadline: Deadline | None = None) -> list[Reply]:
+        """Send a request to all engines at once and wait for all answers."""
+        return collect([self.request(engine, request) for engine in range(self.engines)], deadline=deadline)
+
+    def close(self) -> None:
+        """Stop talking to the engines; requests under way fail. Idempotent. The engines go on."""
+        with self._lock:
+            self._closed.set()
+        self._lose_all("the pool was closed")
+        for thread in self._threads:
+            thread.join()
+
+    def _thread(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
+        thread = threading.Thread(target=target, args=arguments, name="rollcast-pool", daemon=True)
+        thread.start()
+        return thread
+
+    def _listen(self, line: "_Line") -> None:
+        """Take an engine's replies until it ends, which `_watch` hears of, with the reason."""
+        decoder = msgspec.msgpack.Decoder(Reply)
+        for message in line.messages():
+            reply = decoder.decode(message[ID_BYTES:])
+            with self._lock:
+                waiting = self._waiting.get(message[:ID_BYTES])
+                if not isinstance(reply, Piece):
+                    self._waiting.pop(message[:ID_BYTES], None)
+            if waiting is not None:
+                _hand_over(reply, waiting)
+
+    def _watch(self) -> None:
+        """Fail the requests of engines that are lost, and all requests when the job is over."""
+        while not self._closed.wait(WATCH_S):
+            try:
+                lost, done = self._roster.lost(), self._roster.done()
+            except Exception as error:
+                self._lose_all(f"the job's store is gone: {error}")
+                return
+            for engine, text in lost.items():
+                self._lose(engine, f"engine {engine} is lost: {text}")
+            if done:
+                self._lose_all("the job is over: a trainer has left it")
+
+    def _lose_all(self, text: str) -> None:
+        for engine in range(self.engines):
+            self._lose(engine, text)
+
+    def _lose(self, engine: int, text: str) -> None:
+        with self._lock:
+            text = self._lost.setdefault(engine, text)
+            ids = [request_id for request_id, waiting in self._waiting.items() if waiting.engine == engine]
+            futures = [self._waiting.pop(request_id).future for request_id in ids]
+        for future in futures:
+            future.set_exception(EngineError(text))
+        # Who is about to send to it must not wait for it.
+        self._lines[engine].close()
+
+
+def _hand_over(reply: Reply, waiting: _Waiting) -> None:
+    if isinstance(reply, Piece):
+        assert waiting.on_piece is not None
+        waiting.on_piece(reply)
+    elif isinstance(reply, Failed):
+        waiting.future.set_exception(EngineError(named(waiting.engine, reply.text)))
+    else:
+        waiting.future.set_result(reply)
+
+
+class _Line:
+    """A connection to an engine's service."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        try:
+            self._socket = socket.create_connection((host, int(port)))
+        except OSError as error:
+            raise OSError(f"the engine at {address} cannot be reached: {error}") from None
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A descriptor of its own: the socket stays ours, to be shut down from any thread.
+        self._connection = Connection(os.dup(self._socket.fileno()))
+        self._sending = threading.Lock()
+
+    def send(self, message: bytes) -> None:
+        """Send it, unless the engine has ended."""
+        with self._sending, contextlib.suppress(OSError):
+            self._connection.send_bytes(message)
+
+    def messages(self) -> Iterator[bytes]:
+        """What comes, until the connection ends."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                yield self._connection.recv_bytes()
+
+    def close(self) -> None:
+        """End it, from any thread. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
