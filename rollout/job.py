@@ -133,6 +133,8 @@ def _train(
         addresses = roster.addresses(deadline=Deadline(config.start_timeout_s))
         pool = Pool(watched, addresses, max_model_len=config.resolved_max_model_len(), rank=world.rank)
         stack.callback(pool.close)
+        if config.metrics_port is not None:
+            pool.metrics.serve(config.metrics_port + world.rank)
         yield Job(config=config, world=world, cards=cards, _pool=pool, _agreement=agreement, _stack=stack)
         # The last one out says that the job is over: engines must not stop while a trainer generates.
         roster.finish_with(world.trainers)

@@ -9,6 +9,7 @@ from typing import Any
 
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.links import Links
+from rollcast.rollout.metrics import Metrics
 from rollcast.rollout.preflight import check_prompts
 from rollcast.rollout.records import (
     Abort,
@@ -48,8 +49,17 @@ class Pool(Links):
     keys and values are cached.
     """
 
-    def __init__(self, roster: Roster, addresses: Sequence[str], *, max_model_len: int, rank: int = 0) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        addresses: Sequence[str],
+        *,
+        max_model_len: int,
+        rank: int = 0,
+        metrics: Metrics | None = None,
+    ) -> None:
         self._max_model_len = max_model_len
+        self.metrics = metrics or Metrics()
         self._name = uuid.uuid4().hex[:8]
         self._numbers = itertools.count()
         self._router = Router(len(addresses), first=rank)
@@ -177,6 +187,7 @@ class Pool(Links):
             if request_id in self._owners:
                 raise ValueError(f"request {request_id!r} is under way: give each an id of its own")
             engine = self._owners[request_id] = self._router.start(prompt, tokens=tokens)
+            self._note(engine, 1)
         stream = on_piece is not None
         request = Generate(
             request_id=request_id, prompt=list(prompt), sampling=sampling, priority=priority, stream=stream
@@ -189,8 +200,10 @@ class Pool(Links):
             with self._lock:
                 del self._owners[request_id]
                 self._router.end(engine, prompt, tokens=tokens)
+                self._note(engine, -1)
                 for completion in group:
                     self._router.hold([*prompt, *completion.token_ids], engine)
+            self.metrics.finished(engine, group)
             if error:
                 done.set_exception(error)
             else:
@@ -203,6 +216,10 @@ class Pool(Links):
             sent.set_exception(error)
         sent.add_done_callback(end)
         return done
+
+    def _note(self, engine: int, change: int) -> None:
+        self.metrics.requests.labels(engine).inc(change)
+        self.metrics.load.labels(engine).set(self._router.loads[engine])
 
     def _new_id(self) -> str:
         return f"{self._name}-{next(self._numbers)}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightBroadcaster, WeightSource
 from rollcast.comm.agree import Agreement, first_error, unanimous
@@ -27,9 +27,9 @@ class PoolBroadcaster:
         broadcaster = job.broadcaster(model)
         report = broadcaster.sync(version=step + 1)      # on every trainer rank
 
-    The order is fixed: agree, receive everywhere, agree, then switch, prefix cache and version. A sync
-    that fails anywhere raises `SyncError` on every trainer rank within `sync_timeout_s`; engines with torn
-    weights refuse to generate, and the next `sync` joins a new group and sends everything again.
+    The order is fixed: agree, receive everywhere, agree, then switch, caches and version. A sync that fails anywhere
+    raises `SyncError` on every trainer rank within `sync_timeout_s`; engines with torn weights refuse to generate, and
+    the next `sync` joins a new group and sends everything again.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class PoolBroadcaster:
     def self_test(self) -> SyncReport:
         """Send the weights that the engines already have, with `verify="full"`: not a byte may change.
 
-        For a trainer that starts from the very checkpoint that the engines have loaded. It proves the landing of
-        this model, packed and quantised modules included, against vLLM's own load. Collective over the trainer
-        ranks; the version stays. Raises `SyncError` naming the tensors that changed.
+        For a trainer that starts from the checkpoint that the engines have loaded. It proves the landing of this
+        model against vLLM's own load. Collective over the trainer ranks; the version stays. Raises `SyncError`
+        naming the tensors that changed.
         """
         return self._sync(self.version, How("in_place", self._config.pause_mode, "kept", "full", unchanged=True))
 
@@ -127,7 +127,9 @@ class PoolBroadcaster:
         with timer("control"):
             self._conclude(version, error, receiving, end)
         self.version = version
-        return SyncReport.of(version, self._source.manifest.nbytes, timer, workers)
+        report = SyncReport.of(version, self._source.manifest.nbytes, timer, workers)
+        self._pool.metrics.synced(report)
+        return report
 
     def release(self) -> None:
         """Let go of the trainer's weights, which the next `sync` looks up again. Not collective.
@@ -194,14 +196,10 @@ class PoolBroadcaster:
                     version=version,
                     digests=[plan.lane_of(worker).digest for worker in workers],
                     first_rank=1 + engine * size,
-                    mode=how.mode,
-                    pause_mode=how.pause_mode,
                     prefix_cache=self._config.prefix_cache,
-                    kv_cache=how.kv_cache,
-                    verify=how.verify,
-                    unchanged=how.unchanged,
                     alone=self._alone,
                     timeout_s=deadline.left_s(),
+                    **asdict(how),
                 )
                 receiving.append(self._pool.request(engine, request))
                 receiving[-1].add_done_callback(leave_if_failed)
@@ -231,6 +229,7 @@ class PoolBroadcaster:
         except TimeoutError as late:
             words = str(late)
         if words:
+            self._pool.metrics.failed()
             self._lanes.close()
             for engine in range(self._pool.engines if self._rank == 0 else 0):
                 self._pool.request(engine, Abandon(words))

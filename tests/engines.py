@@ -28,6 +28,7 @@ from rollcast.comm.buckets import fill_buckets
 from rollcast.rollout import RolloutConfig
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.landing import LandingPlan
+from rollcast.rollout.metrics import Metrics
 from rollcast.rollout.records import (
     Abandon,
     Commit,
@@ -104,6 +105,7 @@ class Engines:
     versions: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.metrics = Metrics()
         self.workers = [[Worker(w, self.size, self.ballast) for w in range(self.size)] for _ in range(self.engines)]
         self._threads = ThreadPoolExecutor(8 * self.engines * (self.size + 1))
 

@@ -86,6 +86,17 @@ def test_prompts_are_shared_out_and_answers_put_back_in_order(pool: Pool, peers:
     assert sorted(len(peer.prompts) for peer in peers) == [2, 3]
 
 
+def test_requests_and_tokens_are_counted_by_engine(pool: Pool) -> None:
+    silent = pool.submit([7], Sampling(max_tokens=5))
+    pool.generate([[1] * 3, [1] * 4], Sampling(max_tokens=5))
+    text = pool.metrics.text()
+    assert 'rollcast_requests{engine="0"} 1.0' in text and 'rollcast_load_tokens{engine="0"} 6.0' in text
+    assert (
+        'rollcast_requests{engine="1"} 0.0' in text and 'rollcast_completions_total{finish_reason="stop"} 2.0' in text
+    )
+    assert not silent.done()
+
+
 def test_no_prompts_are_no_work(pool: Pool) -> None:
     assert pool.generate([], Sampling()) == []
 

@@ -1,0 +1,170 @@
+"""What the pool costs: tokens a second of one engine through it, against vLLM's own `LLM.generate` in the same run.
+
+    python benchmarks/pool_overhead.py [--requests 64] [--max-tokens 128] [--model FOLDER] [--json FILE]
+
+Both have an engine of their own with the same settings, and the same requests, in turn. Without `--model`, a tiny one
+with random weights: the worst case, for its steps are short. The last line is one JSON document.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from machine_card import commit, cpu_card, gpu_card
+
+HERE = Path(__file__).parent
+TIMEOUT_S = 1800.0
+# torchrun's: vLLM's own processes must not take them for theirs.
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; inside torchrun, the job's ranks; with `--llm`, vLLM's own side."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    if options.llm:
+        serve_llm(options)
+    elif "RANK" in os.environ:
+        run_rank(options)
+    else:
+        print(json.dumps(measure(options)), flush=True)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Start the job; what it has found."""
+    with tempfile.TemporaryDirectory() as name:
+        model = options.model or tiny_model(Path(name, "model"))
+        flags = ["--model", model, "--requests", str(options.requests), "--max-tokens", str(options.max_tokens)]
+        flags += ["--rounds", str(options.rounds), "--out", f"{name}/found.json", *["--eager"] * options.eager]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        environ = {"OMP_NUM_THREADS": "1"} | os.environ
+        subprocess.run([*torchrun, __file__, *flags], check=True, timeout=TIMEOUT_S, stdout=sys.stderr, env=environ)
+        found = json.loads(Path(name, "found.json").read_text())
+    command = f"python benchmarks/pool_overhead.py {' '.join(sys.argv[1:])}".strip()
+    document = {"machine": card(), "commit": commit(), "command": command, "date": time.strftime("%Y-%m-%d")} | found
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def card() -> dict[str, Any]:
+    import torch
+
+    from rollcast.rollout.preflight import usable_gpus
+
+    return cpu_card() | (gpu_card(usable_gpus()[:2]) if torch.cuda.device_count() else {})
+
+
+def tiny_model(folder: Path) -> str:
+    from rollcast.launch.task import CHARACTERS
+    from rollcast.launch.tiny import write_tiny_model
+
+    write_tiny_model(folder, characters=CHARACTERS, seed=0)
+    return str(folder)
+
+
+def prompts_of(options: argparse.Namespace) -> list[list[int]]:
+    return [[3 + (index + place) % 20 for place in range(8)] for index in range(options.requests)]
+
+
+def run_rank(options: argparse.Namespace) -> None:
+    """Rank 0 times both sides in turn; rank 1 is the pool's engine."""
+    import rollcast.rollout as rollcast
+
+    config = rollcast.RolloutConfig(model=options.model, enforce_eager=options.eager, gpu_memory_utilization=0.4)
+    with rollcast.join(config) as job:
+        if not job.is_trainer:
+            return
+        sampling = rollcast.Sampling(max_tokens=options.max_tokens, ignore_eos=True)
+        prompts = prompts_of(options)
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN)}
+        with subprocess.Popen(
+            [sys.executable, __file__, "--llm", *sys.argv[1:]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environ,
+            text=True,
+        ) as llm:
+            times: dict[str, list[float]] = {"pool": [], "llm": []}
+            for _ in range(1 + options.rounds):
+                start = time.perf_counter()
+                groups = job.pool.generate(prompts, sampling)
+                times["pool"].append(time.perf_counter() - start)
+                assert all(len(its.token_ids) == options.max_tokens for group in groups for its in group)
+                times["llm"].append(ask(llm))
+            llm.terminate()
+        Path(options.out).write_text(json.dumps(summary(times, options)))
+
+
+def ask(llm: "subprocess.Popen[str]") -> float:
+    """Let the other side generate once: its seconds."""
+    assert llm.stdin is not None and llm.stdout is not None
+    print("go", file=llm.stdin, flush=True)
+    for line in llm.stdout:
+        if line.startswith("took "):
+            return float(line.split()[1])
+    raise RuntimeError("vLLM's own side has ended")
+
+
+def summary(times: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of the timed rounds, and the median of their ratios: neighbours in time share the weather."""
+    tokens = options.requests * options.max_tokens
+    pool, llm = times["pool"][1:], times["llm"][1:]
+    ratios = [theirs / ours for ours, theirs in zip(pool, llm, strict=True)]
+    return {
+        "requests": options.requests,
+        "max_tokens": options.max_tokens,
+        "rounds": options.rounds,
+        "pool_tokens_per_s": tokens / statistics.median(pool),
+        "llm_tokens_per_s": tokens / statistics.median(llm),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
+
+
+def serve_llm(options: argparse.Namespace) -> None:
+    """vLLM's own `LLM`, which generates each time that it is told to."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        options.model,
+        skip_tokenizer_init=True,
+        enforce_eager=options.eager,
+        gpu_memory_utilization=0.4,
+        logprobs_mode="processed_logprobs",
+    )
+    sampling = SamplingParams(max_tokens=options.max_tokens, ignore_eos=True, detokenize=False, logprobs=0)
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(options)]
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)  # pyright: ignore[reportArgumentType]
+        print(f"took {time.perf_counter() - start}", flush=True)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tokens a second through the pool, and of vLLM's own LLM.generate.")
+    add = parser.add_argument
+    add("--model", help="folder of the model; without it a tiny one")
+    add("--requests", type=int, default=64, metavar="N", help="prompts of a round (64)")
+    add("--max-tokens", type=int, default=128, metavar="N", help="of each completion (128)")
+    add("--rounds", type=int, default=9, metavar="N", help="timed rounds of both sides, after one that warms up (9)")
+    add("--eager", action="store_true", help="engines without torch.compile and CUDA graphs")
+    add("--json", type=Path, metavar="FILE", help="write the document to this file")
+    add("--llm", action="store_true", help=argparse.SUPPRESS)
+    add("--out", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if min(options.requests, options.max_tokens, options.rounds) < 1:
+        parser.error("--requests, --max-tokens and --rounds must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
