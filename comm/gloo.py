@@ -105,6 +105,9 @@ class GlooGroup:
             self.close()
         return work
 
+    def release(self) -> None:
+        """See `Group.release`."""
+
     def close(self) -> None:
         """See `Group.close`."""
         under_way = any(work.under_way for work in self._works)

@@ -41,6 +41,10 @@ class Group(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Let go of peers' memory that is mapped here, if any. No broadcast may be under way."""
+        ...
+
     def close(self) -> None:
         """Leave the group. Idempotent. Peers that still wait for this rank fail at once instead of hanging."""
         ...

@@ -5,6 +5,7 @@ does; within one GPU, where NCCL cannot join at all. One kernel copies all tenso
 leaves its multiprocessors to others and uses the copy engines, which need some microseconds more for each tensor.
 """
 
+import contextlib
 import os
 import socket
 import threading
@@ -61,7 +62,7 @@ class IpcGroup:
         # By address, bytes and number at the sender: where its allocations are here.
         self._mapped: dict[tuple[int, int, int], int] = {}
         self._mapping = threading.Lock()
-        # By address: number and handle of this side's allocations.
+        # Of this side's allocations, by address: number and handle.
         self._handles: dict[int, tuple[int, bytes]] = {}
         self._stages: dict[int, torch.Tensor] = {}
         self._tables: dict[tuple[tuple[int, int, int], ...], torch.Tensor] = {}
@@ -78,18 +79,20 @@ class IpcGroup:
         with torch.cuda.device(self.device):
             return self._read(tensors, deadline) if self.rank else self._offer(tensors, deadline)
 
+    def release(self) -> None:
+        """See `Group.release`."""
+        with self._mapping, torch.cuda.device(self.device):
+            self._unmap(list(self._mapped))
+            self._tables.clear()
+
     def close(self) -> None:
         """See `Group.close`."""
         self.closed = True
         for line in self._sockets:
             # Wakes whoever waits at the other end, and here.
-            try:
+            with contextlib.suppress(OSError):
                 line.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
-        # What this side has mapped stays the sender's to use, but not to free.
-        with self._mapping:
-            self._unmap(list(self._mapped))
+        self.release()
 
     def left_by(self) -> None:
         """The sender is heard of through its line."""
@@ -115,7 +118,6 @@ class IpcGroup:
             raise RuntimeError(f"{self._peer(line)} left the weight group") from None
 
     def _peer(self, line: int) -> str:
-        """Who is at the other end."""
         return self._peers[line + 1 if self.rank == 0 else 0].name
 
     def _offer(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> "OfferWork":
@@ -175,6 +177,8 @@ class IpcGroup:
         # What is written may be in use by earlier work of the current stream.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with self._mapping:
+            if self.closed:
+                raise RuntimeError("the weight group is closed")
             bases = [self._map(*allocation) for allocation in offer.allocations]
             pairs = zip(tensors, offer.parts, strict=True)
             self._copy([(tensor.data_ptr(), bases[place] + start, nbytes) for tensor, (place, start, nbytes) in pairs])
@@ -188,8 +192,6 @@ class IpcGroup:
         if by_kernel:
             with torch.cuda.stream(self._stream):
                 copy_chunks(self._table(tuple(by_kernel)))
-        if len(by_kernel) == len(places):
-            return
         for target, source, nbytes in places:
             if not by_kernel or not is_aligned(target, source):
                 runtime.memcpyAsync(target, source, nbytes, MEMCPY_DEFAULT, self._stream.cuda_stream)

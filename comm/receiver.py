@@ -44,6 +44,12 @@ class WeightReceiver:
         """Memory that the first `start` takes, and keeps."""
         return 0 if self._ahead else sum(spare_bytes(bucket) for bucket in self._buckets[:DEPTH])
 
+    def release(self) -> None:
+        """Give spare memory and buffers back; they are made again when they are needed."""
+        self._ahead = []
+        self._bound.clear()
+        self._window.release()
+
     def start(self, group: Group, *, deadline: Deadline) -> None:
         """Start to receive the first buckets, beside the live parameters. `receive` goes on from there."""
         if not self._ahead:

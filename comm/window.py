@@ -47,6 +47,10 @@ class Window:
         for turn in range(DEPTH):
             self.wait(turn, deadline=deadline)
 
+    def release(self) -> None:
+        """Give the buffers back. Nothing may be on the wire."""
+        self._buffers = []
+
     def forget(self) -> None:
         """Drop broadcasts that failed, so that the buffers can be used again."""
         self._works, self._held = [None] * DEPTH, [None] * DEPTH

@@ -17,7 +17,7 @@ import msgspec
 from rollcast.comm import Deadline
 from rollcast.rollout.frames import frame, frames
 
-HELLO, AT, GO, DONE = "hello", "at", "go", "done"
+HELLO, AT, GO, STOP, DONE = "hello", "at", "go", "stop", "done"
 OTHERS = "the engine's other workers"
 
 
@@ -43,9 +43,9 @@ class Bells:
     async def ring(self, method: str, *arguments: Any) -> list[Any]:
         """Let every worker call a method of its bell's. Raises `RuntimeError` with the words of the first to fail."""
         round_ = self._round = _Round(self._round.number + 1 if self._round else 1)
+        if missing := [rank for rank in range(self._workers) if rank not in self._lines]:
+            raise RuntimeError(f"worker {missing[0]} cannot be reached")
         for rank in range(self._workers):
-            if rank not in self._lines:
-                raise RuntimeError(f"worker {rank} cannot be reached")
             self._tell(rank, round_.number, method, list(arguments))
         return await round_.results
 
@@ -64,7 +64,7 @@ class Bells:
                 self._take(self._round, rank, kind, content)
         self._lines.pop(rank, None)
         if self._round:
-            self._round.fail(f"worker {rank} has ended")
+            self._fail(self._round, f"worker {rank} has ended")
 
     def _take(self, round_: "_Round", rank: int, kind: str, content: list[Any]) -> None:
         if kind == AT:
@@ -75,8 +75,14 @@ class Bells:
             return
         problem, result = content
         if problem:
-            round_.fail(problem)
+            self._fail(round_, problem)
         round_.finish(rank, result, workers=self._workers)
+
+    def _fail(self, round_: "_Round", problem: str) -> None:
+        round_.fail(problem)
+        # Others may wait for all to agree, with closed gates.
+        for rank in self._lines:
+            self._tell(rank, round_.number, STOP, None)
 
 
 class _Round:
@@ -109,7 +115,7 @@ class Bell:
         line = socket.create_connection((host, int(port)))
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._line = Connection(line.detach())
-        self._workers = workers
+        self.workers = workers
         self._run = run
         self._number = 0
         self._next: list[Any] | None = None
@@ -121,16 +127,17 @@ class Bell:
 
         Raises `TimeoutError`, and `RuntimeError` when the engine process has given up meanwhile.
         """
-        if self._workers == 1:
+        if self.workers == 1:
             return passed
         self._say(AT, self._number, passed)
         if not self._line.poll(deadline.left(OTHERS).total_seconds()):
             raise TimeoutError(f"waited in vain for {OTHERS}")
         number, kind, limit = message = self._hear()
-        if (number, kind) != (self._number, GO):
+        if (number, kind) == (self._number, GO):
+            return limit
+        if kind != STOP:
             self._next = message
-            raise RuntimeError(f"{OTHERS} have failed")
-        return limit
+        raise RuntimeError(f"{OTHERS} have failed")
 
     def _serve(self) -> None:
         # The line ends with the engine process.
@@ -138,7 +145,7 @@ class Bell:
             while True:
                 message, self._next = self._next or self._hear(), None
                 self._number, method, content = message
-                if method != GO:
+                if method not in (GO, STOP):
                     self._say(DONE, self._number, *self._run(method, content))
 
     def _hear(self) -> list[Any]:

@@ -94,7 +94,7 @@ class Draft:
 
     def take_prompt(self, found: Any) -> None:
         """Note what vLLM's `RequestOutput` says of the prompt: the first time, and if it is all of it."""
-        if self._cached_tokens is None:
+        if self._cached_tokens is None and self.token_ids:
             self._cached_tokens = found.num_cached_tokens
         logprobs = found.prompt_logprobs
         if self.prompt_logprobs is None and logprobs is not None and len(logprobs) >= len(self.prompt):

@@ -67,7 +67,12 @@ class Engine:
 
     async def sleep(self, level: int) -> None:
         """Free the GPU's memory: weights to the host (1) or dropped (2), and the KV cache. Ends requests."""
+        if self.updates.busy:
+            raise EngineError(f"engine {self._index} is in a sync: let it sleep afterwards")
+        # Before anything else: what arrives from now on is refused.
+        self._scheduling.fall_asleep()
         await self._requests.abort()
+        await self.workers.call("rollcast_release")
         await self._scheduling.sleep(level)
         if level > 1:
             self.updates.lose(f"engine {self._index} dropped its weights in sleep(level=2): wake it up and sync")

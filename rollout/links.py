@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import socket
 import threading
@@ -21,6 +22,7 @@ from rollcast.rollout.replies import collect, named
 from rollcast.rollout.roster import Roster
 
 WATCH_S = 0.25
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Links:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._lines = [_Line(address) for address in addresses]
-        self._threads = [self._thread(self._listen, line) for line in self._lines]
+        self._threads = [self._thread(self._listen, engine) for engine in range(len(self._lines))]
         self._threads.append(self._thread(self._watch))
 
     @property
@@ -87,10 +89,17 @@ class Links:
         thread.start()
         return thread
 
-    def _listen(self, line: "_Line") -> None:
+    def _listen(self, engine: int) -> None:
         """Take an engine's replies until it ends, which `_watch` hears of, with the reason."""
+        try:
+            self._take_replies(engine)
+        except Exception as error:
+            # Nobody would read this engine's replies from here on.
+            self._lose(engine, f"engine {engine} sent what cannot be read: {error}")
+
+    def _take_replies(self, engine: int) -> None:
         decoder = msgspec.msgpack.Decoder(Reply)
-        for message in line.messages():
+        for message in self._lines[engine].messages():
             reply = decoder.decode(message[ID_BYTES:])
             with self._lock:
                 waiting = self._waiting.get(message[:ID_BYTES])
@@ -130,7 +139,11 @@ class Links:
 def _hand_over(reply: Reply, waiting: _Waiting) -> None:
     if isinstance(reply, Piece):
         assert waiting.on_piece is not None
-        waiting.on_piece(reply)
+        # The thread of all replies does not end with a listener's mistake.
+        try:
+            waiting.on_piece(reply)
+        except Exception:
+            logger.exception("a piece of a stream could not be handed over")
     elif isinstance(reply, Failed):
         waiting.future.set_exception(EngineError(named(waiting.engine, reply.text)))
     else:

@@ -1,7 +1,9 @@
 """The trainer's side of the engines: hands out prompts, updates, frees memory (every trainer rank has its own pool)."""
 
 import asyncio
+import contextlib
 import itertools
+import operator
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
@@ -92,13 +94,17 @@ class Pool(Links):
             return [future.result() for future in started.values()]
         except BaseException:
             # Nobody will take what the others make.
-            self.abort([*started])
+            with contextlib.suppress(EngineError):
+                self.abort([*started])
             raise
 
     def submit(
         self, prompt: Sequence[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
     ) -> "Future[list[Completion]]":
-        """As `generate`, for one prompt, without waiting. `asyncio.wrap_future` makes it awaitable."""
+        """As `generate`, for one prompt, without waiting. `asyncio.wrap_future` makes it awaitable.
+
+        A future that is cancelled aborts the request.
+        """
         return self._start(prompt, sampling, request_id=request_id, priority=priority)
 
     async def stream(
@@ -115,7 +121,9 @@ class Pool(Links):
         request_id = request_id or self._new_id()
 
         def put(piece: Piece | None) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            # A stream can be left behind by a loop that is closed.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         future = self._start(prompt, sampling, request_id=request_id, priority=priority, on_piece=put)
         future.add_done_callback(lambda _: put(None))
@@ -125,7 +133,8 @@ class Pool(Links):
             future.result()
         finally:
             if not future.done():
-                self.abort([request_id])
+                with contextlib.suppress(EngineError):
+                    self.abort([request_id])
 
     def abort(self, request_ids: Sequence[str] | None = None) -> None:
         """End these requests of this pool, or all, with what they have: finish reason "abort". Not collective.
@@ -180,6 +189,7 @@ class Pool(Links):
         priority: int,
         on_piece: Callable[[Piece], None] | None = None,
     ) -> "Future[list[Completion]]":
+        prompt = plain_tokens(prompt)
         check_prompts([prompt], max_model_len=self._max_model_len)
         request_id = request_id or self._new_id()
         tokens = sampling.n * sampling.max_tokens
@@ -189,9 +199,7 @@ class Pool(Links):
             engine = self._owners[request_id] = self._router.start(prompt, tokens=tokens)
             self._note(engine, 1)
         stream = on_piece is not None
-        request = Generate(
-            request_id=request_id, prompt=list(prompt), sampling=sampling, priority=priority, stream=stream
-        )
+        request = Generate(request_id=request_id, prompt=prompt, sampling=sampling, priority=priority, stream=stream)
         done: Future[list[Completion]] = Future()
 
         def end(reply: "Future[Reply]") -> None:
@@ -201,9 +209,12 @@ class Pool(Links):
                 del self._owners[request_id]
                 self._router.end(engine, prompt, tokens=tokens)
                 self._note(engine, -1)
-                for completion in group:
-                    self._router.hold([*prompt, *completion.token_ids], engine)
+                if len(group) == 1:
+                    # It may be a turn of a conversation.
+                    self._router.hold([*prompt, *group[0].token_ids], engine)
             self.metrics.finished(engine, group)
+            if not done.set_running_or_notify_cancel():
+                return
             if error:
                 done.set_exception(error)
             else:
@@ -211,10 +222,11 @@ class Pool(Links):
 
         try:
             sent = self.request(engine, request, on_piece=on_piece)
-        except EngineError as error:
+        except Exception as error:
             sent = Future()
             sent.set_exception(error)
         sent.add_done_callback(end)
+        done.add_done_callback(lambda its: self.abort([request_id]) if its.cancelled() else None)
         return done
 
     def _note(self, engine: int, change: int) -> None:
@@ -223,3 +235,11 @@ class Pool(Links):
 
     def _new_id(self) -> str:
         return f"{self._name}-{next(self._numbers)}"
+
+
+def plain_tokens(prompt: Sequence[int]) -> list[int]:
+    """The token ids as Python's integers. Raises `ValueError` for anything else."""
+    try:
+        return list(map(operator.index, prompt))
+    except TypeError as error:
+        raise ValueError(f"a prompt is a sequence of token ids: {error}") from None

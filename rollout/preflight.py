@@ -83,7 +83,7 @@ def check_model(config: RolloutConfig) -> None:
 def check_prompts(prompts: Sequence[Sequence[int]], *, max_model_len: int) -> None:
     """Every prompt must leave room for one token. Raises `ValueError` naming the first that does not."""
     for index, prompt in enumerate(prompts):
-        if not prompt:
+        if not len(prompt):
             raise ValueError(f"prompt {index} is empty: an engine needs at least one token")
         if len(prompt) >= max_model_len:
             raise ValueError(

@@ -50,6 +50,9 @@ class Requests:
         self._switches: dict[int, list[Switch]] = {}
         self._running: dict[str, Running] = {}
         self._waiting: set[asyncio.Task[Completion]] = set()
+        # vLLM's requests whose outcome does not count.
+        self._recalled: set[int] = set()
+        self._calls: set[asyncio.Task[None]] = set()
         self._decided = asyncio.Event()
         self._decided.set()
         self.refusal = ""
@@ -78,14 +81,22 @@ class Requests:
         """Hand out what was kept back."""
         self._decided.set()
 
-    def advance(self, version: int, tokens: Mapping[str, int]) -> None:
-        """The engine is on `version`; `tokens` is how many each request, by vLLM's id, had before."""
+    def advance(self, version: int, tokens: Mapping[str, int], *, anew: bool) -> None:
+        """The engine is on `version`; `tokens` is how many each request, by vLLM's id, had before.
+
+        With `anew`, requests that have not run yet are taken back and sent again: as they are, they would find keys
+        that running ones have made with the old weights.
+        """
         if version != self.version:
             found = ((REQUEST_ID.match(request), count) for request, count in tokens.items())
             places = ((int(its["number"]), count) for its, count in found if its)
             self._switch = Switch(version, {number: count for number, count in places if number in self._switches})
             for switches in self._switches.values():
                 switches.append(self._switch)
+            if anew and (waiting := self._switches.keys() - self._switch.tokens.keys()):
+                self._recalled |= waiting
+                self._calls.add(call := asyncio.create_task(self._abort(waiting)))
+                call.add_done_callback(self._calls.discard)
         self.refusal = ""
         self.release()
 
@@ -117,7 +128,9 @@ class Requests:
         found = [self._running[request_id] for request_id in wanted if request_id in self._running]
         for request in found:
             request.ended = True
-        numbers = [number for request in found for number in request.numbers]
+        await self._abort(number for request in found for number in request.numbers)
+
+    async def _abort(self, numbers: Iterable[int]) -> None:
         await self._llm.abort([f"rollcast-{number}" for number in numbers])
 
     def refuse(self, why: str) -> None:
@@ -132,6 +145,8 @@ class Requests:
             await self._decided.wait()
             if request.ended:
                 draft.finish_reason = "abort"
+                if request.emit is not None:
+                    request.emit(Piece([], [], (), "abort"))
             else:
                 await self._extend(request, draft)
         return draft.completion()
@@ -151,6 +166,9 @@ class Requests:
         try:
             async for found in self._llm.generate(tokens, params, f"rollcast-{number}", priority=request.priority):
                 await self._decided.wait()
+                if number in self._recalled:
+                    # It may have run by now, with keys of the old weights.
+                    continue
                 (output,) = found.outputs
                 piece = draft.take(output, number, switches, ended=request.ended)
                 draft.take_prompt(found)
@@ -158,4 +176,5 @@ class Requests:
                     request.emit(piece)
         finally:
             del self._switches[number]
+            self._recalled.discard(number)
             request.numbers.discard(number)

@@ -40,10 +40,14 @@ class Scheduling:
                 return True
         return False
 
+    def fall_asleep(self) -> None:
+        """Note that `sleep` follows."""
+        self.asleep = frozenset({"weights", "kv_cache"})
+
     async def sleep(self, level: int) -> None:
         """Give memory back, as vLLM's levels say."""
+        self.fall_asleep()
         await self._llm.sleep(level=level)
-        self.asleep = frozenset({"weights", "kv_cache"})
 
     async def wake_up(self, tags: list[str]) -> None:
         """Take the memory of `tags` back; all of it when `tags` is empty."""

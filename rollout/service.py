@@ -99,7 +99,10 @@ class Service:
                 return
             known = isinstance(error, RollcastError | ValueError)
             reply = Failed(str(error) if known else f"{type(error).__name__}: {error}")
-        self._send(writer, request_id, reply)
+        try:
+            self._send(writer, request_id, reply)
+        except Exception as error:
+            self._send(writer, request_id, Failed(f"the answer cannot be sent: {error}"))
 
     def _send(self, writer: asyncio.StreamWriter, request_id: bytes, reply: Reply) -> None:
         writer.write(frame(request_id, self._encoder.encode(reply)))

@@ -124,6 +124,9 @@ class PoolBroadcaster:
                 workers = worker_reports(collect(receiving, deadline=deadline, soon=True))
         except Exception as problem:
             error = problem
+        except BaseException:
+            self._lanes.close()
+            raise
         with timer("control"):
             self._conclude(version, error, receiving, end)
         self.version = version
@@ -132,10 +135,8 @@ class PoolBroadcaster:
         return report
 
     def release(self) -> None:
-        """Let go of the trainer's weights, which the next `sync` looks up again. Not collective.
-
-        Before the trainer moves its weights off the GPU: their memory is held otherwise.
-        """
+        """Let go of the weights, here and in workers, before they leave the GPU; until the next sync. Not collective."""
+        self._pool.call_workers("rollcast_release")
         self._source.release()
         if self._broadcaster is not None:
             self._broadcaster.release()

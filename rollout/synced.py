@@ -69,7 +69,9 @@ class SyncedWorker:
                 group = self._rollcast_ready(version, digests, gentle=True)
                 if self.rollcast_shadow is None:
                     lane = self.rollcast_receiver.lane
-                    self.rollcast_shadow = Shadow(self.rollcast_landing, lane, device=worker.device)
+                    with gate.beside() as stream:
+                        gate.follow(stream)
+                        self.rollcast_shadow = Shadow(self.rollcast_landing, lane, device=worker.device)
             with gate.beside(), torch.no_grad():
                 return {"phases_s": self.rollcast_shadow.receive(group, verify=verify, deadline=deadline)}
 
@@ -84,6 +86,16 @@ class SyncedWorker:
             with gate.in_line():
                 self.rollcast_shadow.apply()
             return {"tokens": gate.steps.tokens()}
+
+    def rollcast_release(self) -> None:
+        """Give back what a sync may keep: spare memory, and the trainer's memory that is mapped here. Idempotent."""
+        self.rollcast_shadow = None
+        if hasattr(self, "rollcast_receiver"):
+            self.rollcast_receiver.release()
+        if self.rollcast_group is not None:
+            self.rollcast_group.release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def rollcast_leave(self) -> None:
         """Leave the weight group. Idempotent."""
@@ -108,7 +120,9 @@ class SyncedWorker:
         gate, group, receiver = self.rollcast_gate, self.rollcast_group, self.rollcast_receiver
         assert gate is not None
         with gate.beside() as stream:
-            if group is not None and gate.busy and receiver.ahead_bytes <= spare_bytes(receiver.device):
+            # Workers of one engine would wait for each other, and the sender for one of them.
+            alone = self.rollcast_bell.workers == 1
+            if group and alone and gate.busy and receiver.ahead_bytes <= spare_bytes(receiver.device):
                 # Steps need the GPU.
                 group.gentle = True
                 receiver.start(group, deadline=deadline)

@@ -146,12 +146,15 @@ class Updates:
         """All engines have the weights: switch to them, treat the prefix cache, set the version, resume."""
         request = self._received
         assert request is not None and request.version == version
+        if self._state is State.TORN:
+            raise EngineError(f"engine {self._index}: the sync of version {version} was given up meanwhile")
         self._changing = asyncio.current_task()
         if self._state is State.HOLDING:
             await self._change("rollcast_apply", timeout_s, request=request, timeout_s=timeout_s)
         if _clears(request) and not await self._scheduling.clear_prefix_cache():
             raise EngineError(f"engine {self._index}: vLLM did not clear its prefix cache")
-        self._requests.advance(version, self._tokens)
+        anew = request.prefix_cache == "salt" and not _clears(request)
+        self._requests.advance(version, self._tokens, anew=anew)
         self._state, self._received = State.SERVING, None
         if not self._scheduling.asleep:
             # Asleep, vLLM schedules again when its cache is awake, too, and empty.
@@ -174,6 +177,12 @@ class Updates:
         self._requests.refuse(
             f"engine {self._index} holds torn weights and refuses to generate until the next sync: {text}"
         )
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sync is under way."""
+        changing = self._changing is not None and not self._changing.done()
+        return changing or self._state in (State.RECEIVING, State.HOLDING)
 
     async def wake(self) -> None:
         """See to it that there are weights to write, or refuse."""

@@ -171,6 +171,8 @@ class Tapped:
         self.nbytes += sum(tensor.nbytes for tensor in tensors)
         return TappedWork(self.group.broadcast(tensors, root=root, deadline=deadline), tensors, damage)
 
+    def release(self) -> None: ...
+
     def close(self) -> None:
         self.group.close()
 

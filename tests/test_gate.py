@@ -177,6 +177,33 @@ def test_the_first_workers_words_are_heard_and_the_next_ring_is_answered() -> No
     assert asyncio.run(main()) == [[0, "a", 3], [1, "a", 3]]
 
 
+def test_a_worker_that_fails_early_opens_the_gates_of_the_others() -> None:
+    worker = Worker()
+    gate = Gate(worker)
+
+    async def main() -> float:
+        bells = Bells(2)
+        address = await bells.open()
+        made: list[Bell] = []
+
+        def wait(method: str, args: list[Any]) -> list[Any]:
+            try:
+                return [None, changed(gate, worker, made[0])]
+            except RuntimeError as error:
+                return [str(error), None]
+
+        made += [Bell(address, rank=0, workers=2, run=wait)]
+        made += [Bell(address, rank=1, workers=2, run=lambda method, args: time.sleep(0.3) or ["it cannot", None])]
+        await asyncio.sleep(0.1)
+        with pytest.raises(RuntimeError, match="it cannot"):
+            await bells.ring("change")
+        start = time.perf_counter()
+        await asyncio.to_thread(worker.sleep)
+        return time.perf_counter() - start
+
+    assert asyncio.run(main()) < 1.0
+
+
 def test_a_worker_that_ends_is_named() -> None:
     async def main() -> None:
         bells = Bells(1)

@@ -1,20 +1,23 @@
 """The trainer's side of the control plane: what waits for an engine ends when the engine, or the job, does."""
 
+import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 
 import msgspec
+import numpy as np
 import pytest
 from torch import distributed as dist
 
 from rollcast.rollout import EngineError, Sampling
 from rollcast.rollout.frames import ID_BYTES
 from rollcast.rollout.pool import Pool
-from rollcast.rollout.records import Completion, Describe, Failed, Generate, Generated, Reply, Request
+from rollcast.rollout.records import Abort, Completion, Describe, Failed, Generate, Generated, Piece, Reply, Request
 from rollcast.rollout.roster import Roster
 
 SOON_S = 5.0
@@ -27,6 +30,7 @@ class Peer:
         self.server = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self.server.getsockname()[1]}"
         self.prompts: list[list[int]] = []
+        self.seen: list[Request] = []
         threading.Thread(target=self.serve, daemon=True).start()
 
     def serve(self) -> None:
@@ -38,7 +42,13 @@ class Peer:
     def take(self, line: Connection) -> None:
         message = line.recv_bytes()
         request = msgspec.msgpack.decode(message[ID_BYTES:], type=Request)
-        if isinstance(request, Generate):
+        self.seen.append(request)
+        if isinstance(request, Generate) and request.stream:
+            # And one piece too many, later.
+            for _ in range(2):
+                line.send_bytes(message[:ID_BYTES] + msgspec.msgpack.encode(Piece([9], [0.0], ((0, 0),), None)))
+                time.sleep(0.05)
+        elif isinstance(request, Generate):
             self.prompts.append(request.prompt)
             if reply := answer(request):
                 line.send_bytes(message[:ID_BYTES] + msgspec.msgpack.encode(reply))
@@ -95,6 +105,30 @@ def test_requests_and_tokens_are_counted_by_engine(pool: Pool) -> None:
         'rollcast_requests{engine="1"} 0.0' in text and 'rollcast_completions_total{finish_reason="stop"} 2.0' in text
     )
     assert not silent.done()
+
+
+def test_a_stream_left_behind_with_its_loop_harms_nobody(pool: Pool, peers: list[Peer]) -> None:
+    async def leave() -> None:
+        stream = pool.stream([2], Sampling())
+        assert (await anext(stream)).token_ids == [9]
+
+    for _ in range(2):
+        asyncio.run(leave())
+    assert pool.generate([[1], [1, 1]], Sampling())[1][0].token_ids == [2]
+
+
+def test_a_cancelled_request_is_aborted_and_its_load_is_gone(pool: Pool, peers: list[Peer]) -> None:
+    waiting = pool.submit([7], Sampling(), request_id="it")
+    assert waiting.cancel()
+    assert pool.generate([[1, 1], [1]], Sampling())[0][0].token_ids == [2]
+    assert any(isinstance(request, Abort) and request.request_ids == ["it"] for its in peers for request in its.seen)
+
+
+def test_prompts_are_token_ids(pool: Pool) -> None:
+    assert pool.generate([np.array([1, 1, 1])], Sampling())[0][0].token_ids == [3]  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="a prompt is a sequence of token ids"):
+        pool.generate([["a"]], Sampling())  # type: ignore[list-item]
+    assert 'rollcast_requests{engine="0"} 0.0' in pool.metrics.text()
 
 
 def test_no_prompts_are_no_work(pool: Pool) -> None:

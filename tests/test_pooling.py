@@ -49,6 +49,12 @@ def test_a_sync_cuts_a_stream_once(facts: dict[str, Any]) -> None:
 
 
 @vllm
+def test_samples_that_waited_in_the_engine_do_not_find_old_keys(facts: dict[str, Any]) -> None:
+    late = [distance for versions, distance in facts["queued"] if versions == [2]]
+    assert len(late) >= 4 and max(late) < 1e-4, facts["queued"]
+
+
+@vllm
 def test_prompts_have_the_log_probabilities_of_transformers(facts: dict[str, Any]) -> None:
     assert len(facts["prompt"]) == 3 and max(facts["prompt"]) < 1e-4
 

@@ -149,11 +149,10 @@ def stretches(weights: Weights, bucket_bytes: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("checksums", [False, True])
-def test_the_first_buckets_may_travel_while_live_parameters_are_still_read(checksums: bool) -> None:
-    weights = every_kind(seed=3) | {"last": torch.randn(LARGE_BYTES // 4)}
-    sides = Sides(WeightSource(weights))
+def test_the_first_buckets_travel_while_live_parameters_are_read(checksums: bool) -> None:
+    sides = Sides(WeightSource(weights := every_kind(seed=3)))
     (memory,), receiver = sides.memories, sides.receivers[0]
-    assert 0 < receiver.ahead_bytes <= 2 * BUCKET_BYTES + 1024
+    assert 0 < receiver.ahead_bytes <= 3 * BUCKET_BYTES
     with Ranks([0]) as ranks:
         for turn in range(3):
             before = {name: tensor.clone() for name, tensor in memory.tensors.items()}
@@ -166,7 +165,6 @@ def test_the_first_buckets_may_travel_while_live_parameters_are_still_read(check
             sent.result(LONG_S)
             check_same_bytes(memory.tensors, weights)
             weights["float32"].add_(1.0)
-    assert receiver.ahead_bytes == 0
 
 
 def test_masters_of_another_dtype_are_packed_and_received_in_place() -> None:
@@ -218,6 +216,8 @@ class Nobody:
     def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> "Lasting":
         self.devices |= {tensor.device.type for tensor in tensors}
         return Lasting(tensors)
+
+    def release(self) -> None: ...
 
     def close(self) -> None:
         pass

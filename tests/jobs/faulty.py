@@ -79,6 +79,8 @@ class FlippingGroup:
         FAULT.write_text("")
         return FlippingWork(work, tensors[0])
 
+    def release(self) -> None: ...
+
     def close(self) -> None:
         self._group.close()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from exact import greedy_tokens
+from in_flight import distances
 from models import build, perturb
 
 import rollcast.rollout as rollcast
@@ -47,6 +48,7 @@ def facts(job: rollcast.Job) -> dict[str, Any]:
         "priorities": priorities(pool),
         "conversation": conversation(pool),
         "synced": synced(pool, broadcaster, model),
+        "queued": queued(pool, broadcaster, model),
     }
 
 
@@ -155,6 +157,16 @@ def synced(pool: rollcast.Pool, broadcaster: rollcast.PoolBroadcaster, model: An
     broadcaster.sync(version=1)
     thread.join()
     return pieces
+
+
+def queued(pool: rollcast.Pool, broadcaster: rollcast.PoolBroadcaster, model: Any) -> list[Any]:
+    """Versions of more samples of one long prompt than run at a time, and how far each is from the new weights."""
+    prompt = [3 + place % 50 for place in range(80)]
+    running = pool.submit(prompt, rollcast.Sampling(max_tokens=150, ignore_eos=True, n=16))
+    time.sleep(0.2)
+    perturb(model, seed=2)
+    broadcaster.sync(version=2)
+    return [[its.versions, distances(model, prompt, its).max().item()] for its in running.result()]
 
 
 def said(call: Callable[[], Any]) -> str:
