@@ -135,7 +135,7 @@ class PoolBroadcaster:
         return report
 
     def release(self) -> None:
-        """Let go of the weights, here and in workers, before they leave the GPU; until the next sync. Not collective."""
+        """Let go of the weights, here and in workers: before they leave the GPU. Not collective."""
         self._pool.call_workers("rollcast_release")
         self._source.release()
         if self._broadcaster is not None:
