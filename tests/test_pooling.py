@@ -10,7 +10,7 @@ from torchrun import JOBS, run_job
 
 from rollcast.rollout.routing import BLOCK_TOKENS, Router
 
-LONG = 700
+LONG = 900
 KV_BLOCK_TOKENS = 32
 
 

@@ -19,7 +19,7 @@ from models import build, perturb
 
 import rollcast.rollout as rollcast
 
-LONG = 700
+LONG = 900
 GREEDY = rollcast.Sampling(temperature=0.0, max_tokens=40, ignore_eos=True)
 ENDLESS = rollcast.Sampling(max_tokens=LONG, ignore_eos=True)
 
@@ -37,6 +37,8 @@ def main() -> None:
 def facts(job: rollcast.Job) -> dict[str, Any]:
     model = build("untied")
     broadcaster = job.broadcaster(model)
+    # Later syncs are soon over.
+    broadcaster.self_test()
     pool = job.pool
     return {
         "greedy": greedy_tokens(model, [5, 6, 7], 40),
@@ -80,6 +82,13 @@ def settled(pool: rollcast.Pool) -> int:
     return under_way(pool)
 
 
+def started(pool: rollcast.Pool, count: int) -> None:
+    """Wait until so many requests are under way, and a little."""
+    while under_way(pool) < count:
+        time.sleep(0.005)
+    time.sleep(0.03)
+
+
 def ended(pool: rollcast.Pool) -> str:
     pool.abort()
     return f", then {settled(pool)} under way"
@@ -101,11 +110,11 @@ def prompt_logprobs(pool: rollcast.Pool, model: Any) -> list[float]:
 def aborted(pool: rollcast.Pool) -> list[Any]:
     """Length and finish reason: of one that is ended by its id, of one that is not, and of all at once."""
     one, other = (pool.submit([5, 6, 7], ENDLESS, request_id=name) for name in ("one", "other"))
-    time.sleep(0.2)
+    started(pool, 2)
     pool.abort(["one", "nobody"])
     found = [one.result(30.0), other.result(60.0)]
     several = pool.submit([5, 6, 7], rollcast.Sampling(max_tokens=LONG, ignore_eos=True, n=6))
-    time.sleep(0.2)
+    started(pool, 1)
     pool.abort()
     found.append(several.result(30.0))
     return [[[len(its.token_ids), len(its.logprobs), its.finish_reason] for its in group] for group in found]
@@ -161,9 +170,9 @@ def synced(pool: rollcast.Pool, broadcaster: rollcast.PoolBroadcaster, model: An
 
 def queued(pool: rollcast.Pool, broadcaster: rollcast.PoolBroadcaster, model: Any) -> list[Any]:
     """Versions of more samples of one long prompt than run at a time, and how far each is from the new weights."""
-    prompt = [3 + place % 50 for place in range(80)]
-    running = pool.submit(prompt, rollcast.Sampling(max_tokens=150, ignore_eos=True, n=16))
-    time.sleep(0.2)
+    prompt = [3 + place % 30 for place in range(80)]
+    running = pool.submit(prompt, rollcast.Sampling(max_tokens=LONG, ignore_eos=True, n=16))
+    started(pool, 1)
     perturb(model, seed=2)
     broadcaster.sync(version=2)
     return [[its.versions, distances(model, prompt, its).max().item()] for its in running.result()]
