@@ -161,7 +161,7 @@ class PoolBroadcaster:
         """All trainer ranks must be about to send the same thing: a rank with another plan would hang the rest."""
         current = self._source.current()
         what = "self-test" if how.unchanged else f"{how.mode}, verify {how.verify}"
-        word = f"version {version} after {self.version}, {what}, weights {current.digest[:16]}"
+        word = f"version {version} after {self.version}, {what}, weights {current.digest[:16]}{self._source.settings}"
         deadline = Deadline(self._config.trainer_timeout_s)
         try:
             verdict = self._decide("plan", word, deadline)
