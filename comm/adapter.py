@@ -4,6 +4,7 @@ peft itself is not imported: its models say all that is asked here.
 """
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +152,7 @@ def lora_layers(model: nn.Module, *, adapter: str | None, folded: bool) -> list[
     if reason := _unlike_lora(config, folded=folded):
         raise ValueError(f"adapter {name!r} has {reason}: {_ADVICE}")
     layers: list[LoraLayer] = []
-    for path, module in model.named_modules():
+    for path, module in unwrapped(model).named_modules():
         if name in getattr(module, "lora_embedding_A", ()):
             raise ValueError(f"{plain_name(path)} is an embedding: leave it out of the adapter's target_modules")
         if name in getattr(module, "lora_A", ()):
@@ -182,14 +183,14 @@ _ADVICE = "only A and B of linear layers can be sent"
 
 def _adapter_name(model: nn.Module, adapter: str | None) -> str:
     peft: Any = unwrapped(model)
-    names = list(peft.peft_config)
+    names = [adapter]
     if adapter is None:
+        # A method, where transformers holds the adapters.
         active: Any = peft.active_adapters
-        names = list(active() if callable(active) else active)
-    elif adapter in names:
-        names = [adapter]
-    if len(names) != 1 or adapter not in (None, names[0]):
-        raise ValueError(f"pass adapter=, one of {', '.join(peft.peft_config)}; got {adapter!r}, active: {names}")
+        names = [*(active() if inspect.ismethod(active) else active)]
+    if len(names) != 1 or names[0] not in peft.peft_config:
+        known = ", ".join(peft.peft_config)
+        raise ValueError(f"pass adapter=, one of {known}: {', '.join(names) or 'none'} cannot be sent as one")
     return names[0]
 
 

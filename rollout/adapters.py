@@ -120,7 +120,10 @@ def compile_adapter(model: Any, manifest: Manifest) -> LandingPlan:
     plan = assemble(recording, targets, manifest, staged={}, parameters=targets, shared={})
     if plan.stages:
         what = ", ".join(stage.module for stage in plan.stages)
-        raise LandingError(f"vLLM computes with the adapters of {what}: leave them out of target_modules")
+        raise LandingError(
+            f"vLLM computes with the adapters of {what}: leave them out of target_modules, or "
+            "start the engines with tensor_parallel_size=1"
+        )
     _check_sizes(plan, parts=max(getattr(module, "tp_size", 1) for _, module in _wrapped(manager)))
     return plan
 

@@ -76,8 +76,9 @@ class RollcastWorker(SyncedWorker):
 
         Raises `LandingError` if the model cannot take the manifest, naming the parameters.
         """
+        self._rollcast_refuse()
         weights = Manifest.from_bytes(manifest)
-        self._rollcast_refuse(weights)
+        self._rollcast_refuse_kind(weights)
         plan = self._rollcast_compile(weights)
         if problems := plan.check():
             shown = "\n  ".join(problems[:SHOWN]) + ("\n  ..." if len(problems) > SHOWN else "")
@@ -124,15 +125,19 @@ class RollcastWorker(SyncedWorker):
         worker: Any = self
         return asdict(gpu_state(gpu_uuid(worker.device)))
 
-    def _rollcast_refuse(self, manifest: Manifest) -> None:
-        """Settings under which weights move or change their names while the engine runs, and what does not fit LoRA."""
+    def _rollcast_refuse(self) -> None:
+        """Settings under which weights move or change their names while the engine runs."""
         worker: Any = self
         if getattr(worker.vllm_config.parallel_config, "enable_eplb", False):
             raise LandingError("expert load balancing moves experts between workers: set enable_eplb to False")
-        if self._rollcast_has_lora() and not is_adapter(manifest):
+
+    def _rollcast_refuse_kind(self, manifest: Manifest) -> None:
+        """Full weights for an engine with LoRA, and the other way round."""
+        adapter, wanted = is_adapter(manifest), self._rollcast_has_lora()
+        if wanted and not adapter:
             raise LandingError(
                 "an engine with enable_lora wraps its layers, and full weights cannot be synced into it: send a peft "
                 "model's adapter, or start the engines without lora_rank"
             )
-        if is_adapter(manifest) and not self._rollcast_has_lora():
+        if adapter and not wanted:
             raise LandingError("an engine without LoRA takes no adapters: start the engines with lora_rank")

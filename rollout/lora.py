@@ -1,5 +1,6 @@
 """What vLLM has to be told of adapters: ranks that it accepts, ids, requests (engine process)."""
 
+from functools import cache
 from typing import Any, get_args
 
 # What vLLM accepts where it does not say so.
@@ -35,6 +36,7 @@ def adapter_id(slot: int) -> int:
     return slot + 1
 
 
+@cache
 def adapter_request(slot: int) -> Any:
     """What a request to vLLM brings along to be served with the adapter in a slot."""
     from vllm.lora.request import LoRARequest

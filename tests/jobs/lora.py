@@ -62,7 +62,7 @@ def facts(job: rollcast.Job, versions: int) -> dict[str, Any]:
         found["bytes"].append(broadcaster.sync(version=version, mode=mode, verify=verify).nbytes)
         found["distances"].append(distance(job, model))
         found["apart"].append(distance(job, before))
-        found["misplaced"].append(misplaced(model, job.pool.call_workers("show_slots")[0][0], version % versions))
+        found["misplaced"].append(misplaced(model, job.pool.call_workers("show_slots")[0], version % versions))
         found["versions"].append([state.version for state in job.pool.describe()])
     found["in flight"] = in_flight(job, broadcaster, model)
     found["fingerprints"].append(job.pool.fingerprints())
@@ -85,24 +85,29 @@ def away(model: Any, prompt: list[int], sample: rollcast.Completion) -> torch.Te
     return (logprobs(model, prompt, sample.token_ids) - torch.tensor(sample.logprobs)).abs()
 
 
-def misplaced(model: Any, slots: dict[str, list], slot: int) -> list[str]:
+def misplaced(model: Any, workers: list[dict[str, list]], slot: int) -> list[str]:
     """Stacks of a slot that are not A, or B times the scaling, with zeros around; none of them is left out."""
     expected: dict[str, torch.Tensor] = {}
     for name, module in model.base_model.model.named_modules():
         path, dot, part = name.rpartition(".")
         if part in PLACES:
             fused, index = PLACES[part]
-            adapter = hasattr(module, "lora_A")
-            a = module.lora_A["default"].weight if adapter else torch.zeros(0, module.in_features)
-            b = (
-                module.lora_B["default"].weight * module.scaling["default"]
-                if adapter
-                else torch.zeros(module.out_features, 0)
-            )
+            a, b = torch.zeros(0, module.in_features), torch.zeros(module.out_features, 0)
+            if hasattr(module, "lora_A"):
+                a, b = module.lora_A["default"].weight, module.lora_B["default"].weight * module.scaling["default"]
             expected[f"{path}{dot}{fused}.lora_a.{index}"] = pad(a, (0, 0, 0, MAX_RANK - a.shape[0]))
             expected[f"{path}{dot}{fused}.lora_b.{index}"] = pad(b, (0, MAX_RANK - b.shape[1]))
-    assert slots.keys() == expected.keys()
-    return [name for name, stack in expected.items() if not torch.equal(torch.tensor(slots[name][slot]), stack)]
+    assert all(shown.keys() == expected.keys() for shown in workers)
+    found = {name: [torch.tensor(shown[name][slot]) for shown in workers] for name in expected}
+    return [name for name, stack in expected.items() if not is_of(stack, found[name])]
+
+
+def is_of(whole: torch.Tensor, shards: list[torch.Tensor]) -> bool:
+    """Whether every shard is the whole, or all are its rows or columns."""
+    if all(shard.shape == whole.shape for shard in shards):
+        return all(torch.equal(shard, whole) for shard in shards)
+    dim = 0 if shards[0].shape[1] == whole.shape[1] else 1
+    return torch.equal(torch.cat(shards, dim), whole)
 
 
 def in_flight(job: rollcast.Job, broadcaster: rollcast.PoolBroadcaster, model: Any) -> list[list[Any]]:
