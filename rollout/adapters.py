@@ -168,8 +168,10 @@ def _pairs(manifest: Manifest, model: Any) -> dict[str, tuple[ParamSpec, ParamSp
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
-    if hasattr(mapper, "get_rename_mapper"):
-        mapper = mapper.get_rename_mapper()
+    for without_fusing in ("get_rename_mapper", "get_unstacked_mapper"):
+        if hasattr(mapper, without_fusing):
+            mapper = getattr(mapper, without_fusing)()
+            break
     found: dict[str, dict[bool, ParamSpec]] = {}
     for spec in manifest.specs:
         path, is_a = parse_fine_tuned_lora_name(spec.name, mapper)

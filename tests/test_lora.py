@@ -108,6 +108,18 @@ def test_engines_without_lora_get_the_adapter_folded_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rank", ["10", "0"])
+def test_sharded_trainers(tmp_path: Path, rank: str) -> None:
+    facts = run(tmp_path, "lora_sharded.py", rank, ranks=3)
+    assert max(facts["distances"]) < TOLERANCE
+    assert min(facts["apart"]) > 100 * TOLERANCE
+    if rank != "0":
+        assert "trainer ranks 0 and 1 disagree" in facts["scaling"]
+
+
+@pytest.mark.vllm
 def test_ranks_are_what_vllm_says() -> None:
     assert accepted_ranks() == RANKS
 
