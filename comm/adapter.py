@@ -183,7 +183,7 @@ _ADVICE = "only A and B of linear layers can be sent"
 
 def _adapter_name(model: nn.Module, adapter: str | None) -> str:
     peft: Any = unwrapped(model)
-    names = [adapter]
+    names: list[str] = [] if adapter is None else [adapter]
     if adapter is None:
         # A method, where transformers holds the adapters.
         active: Any = peft.active_adapters

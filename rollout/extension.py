@@ -136,8 +136,8 @@ class RollcastWorker(SyncedWorker):
         adapter, wanted = is_adapter(manifest), self._rollcast_has_lora()
         if wanted and not adapter:
             raise LandingError(
-                "an engine with enable_lora wraps its layers, and full weights cannot be synced into it: send a peft "
-                "model's adapter, or start the engines without lora_rank"
+                "an engine with enable_lora wraps its layers, and full weights cannot be synced into it: set lora_rank "
+                "and send a peft model's adapter, or start the engines without LoRA"
             )
         if adapter and not wanted:
             raise LandingError("an engine without LoRA takes no adapters: start the engines with lora_rank")

@@ -93,7 +93,7 @@ class PoolBroadcaster:
 
         For a trainer that starts from the checkpoint that the engines have loaded. It proves the landing of this
         model against vLLM's own load. Collective over the trainer ranks; the version stays. Raises `SyncError`
-        naming the tensors that changed.
+        naming the tensors that changed. Not for adapters.
         """
         return self._sync(self.version, How("in_place", self._config.pause_mode, "kept", "full", unchanged=True))
 

@@ -84,9 +84,9 @@ def check_folded(model: Any) -> None:
 @pytest.mark.parametrize("adapters", [True, False])
 def test_wrapped_and_sharded_models_send_the_same(adapters: bool) -> None:
     expected = sent(open_source(randomized(adapted()), adapters=adapters))
-    sharded = fully_shard(randomized(adapted()))
-    compiled = torch.compile(randomized(adapted()))
-    parallel = torch.nn.parallel.DistributedDataParallel(randomized(adapted()))
+    sharded: Any = fully_shard(randomized(adapted()))
+    compiled: Any = torch.compile(randomized(adapted()))
+    parallel: Any = torch.nn.parallel.DistributedDataParallel(randomized(adapted()))
     for model in (sharded, compiled, parallel):
         found = sent(open_source(model, adapters=adapters))
         assert found.keys() == expected.keys()

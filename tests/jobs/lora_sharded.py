@@ -32,7 +32,8 @@ def main() -> None:
         if not job.is_trainer:
             return
         group = Trainers(rank=job.trainer_rank, size=2, device=config.resolved_device())
-        base, plain, sharded = build("untied"), adapted(), group.share(adapted(), "fsdp2")
+        base, plain = build("untied"), adapted()
+        sharded: Any = group.share(adapted(), "fsdp2")
         broadcaster = job.broadcaster(sharded)
         found: dict[str, Any] = {"distances": [], "apart": []}
         for version in (1, 2):
