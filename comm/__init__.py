@@ -1,5 +1,6 @@
 """Moves model weights from trainer ranks to rollout workers. Needs torch; knows nothing of vLLM."""
 
+from rollcast.comm.adapter import open_source
 from rollcast.comm.broadcaster import WeightBroadcaster
 from rollcast.comm.buckets import Bucket, Message, Move
 from rollcast.comm.deadline import Deadline
@@ -33,5 +34,6 @@ __all__ = [
     "build_transfer",
     "host_store",
     "join_group",
+    "open_source",
     "whole_moves",
 ]

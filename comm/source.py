@@ -1,6 +1,7 @@
 """The trainer's weights: their specs, and their values in any order (trainer)."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,11 @@ class WeightSource:
         self._dtype = dtype
         self._places: Places | None = None
         self.manifest = self.current()
+
+    @property
+    def settings(self) -> str:
+        """What all trainer ranks must agree on beside the manifest, in words."""
+        return ""
 
     def __iter__(self) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
         """Yield (spec, full tensor) of every parameter in manifest order; see `walk`. Collective."""
@@ -104,7 +110,22 @@ def _state(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         return
     module: nn.Module = weights.module if isinstance(weights, nn.parallel.DistributedDataParallel) else weights
     for name, tensor in module.state_dict().items():
-        yield ".".join(level for level in name.split(".") if level not in WRAPPER_LEVELS), tensor
+        yield plain_name(name), tensor
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter or module without the levels of wrappers."""
+    return ".".join(level for level in name.split(".") if level not in WRAPPER_LEVELS)
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """The model that DDP or torch.compile wraps."""
+    while True:
+        inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else None
+        inner = getattr(module, "_orig_mod", None) if inner is None else inner
+        if inner is None:
+            return module
+        module = inner
 
 
 def _places_of(weights: Weights, tensors: Sequence[torch.Tensor]) -> Places | None:

@@ -25,7 +25,9 @@ POSITIVE = (
     "sync_timeout_s",
     "trainer_timeout_s",
     "start_timeout_s",
+    "lora_versions",
 )
+POSITIVE_IF_ANY = ("max_model_len", "lora_rank")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -76,6 +78,12 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int | None = None
     """Most sequences that one engine decodes at a time. None: vLLM's default."""
+    lora_rank: int | None = None
+    """Engines keep their base weights and take LoRA adapters of at most this rank: `job.broadcaster` wants a peft
+    model, and sends its A and B alone. None: full weights; a peft model's adapter is folded into them on the way."""
+    lora_versions: int = 1
+    """Adapter versions that an engine serves at a time. 1: requests in flight go over to each new version. N: they
+    stay with the one that they started with for N - 1 syncs, and then go over to the newest."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """More fields of vLLM's `AsyncEngineArgs`; JSON values only."""
     worker_extension_cls: str = "rollcast.rollout.extension.RollcastWorker"
@@ -131,8 +139,9 @@ class RolloutConfig:
         for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise PreflightError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.max_model_len is not None and self.max_model_len <= 0:
-            raise PreflightError(f"max_model_len must be positive, got {self.max_model_len}")
+        for name in POSITIVE_IF_ANY:
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise PreflightError(f"{name} must be positive, got {value}")
         one_of("dtype", self.resolved_dtype(), DTYPES)
 
     def model_config(self) -> dict[str, Any]:

@@ -17,9 +17,10 @@ class Engine:
     def __init__(self, llm: Any, launch: Launch) -> None:
         self._llm = llm
         self._index = index = launch.engine
-        self._requests = Requests(llm, index=index, eos_token_ids=launch.eos_token_ids)
+        self._slots = slots = 0 if launch.lora_rank is None else launch.lora_versions
+        self._requests = Requests(llm, index=index, eos_token_ids=launch.eos_token_ids, slots=slots)
         self._scheduling = Scheduling(llm)
-        self.workers = Workers(llm, index=index, count=launch.tensor_parallel_size)
+        self.workers = Workers(llm, index=index, count=launch.tensor_parallel_size, slots=slots)
         self.updates = Updates(
             self.workers, self._requests, self._scheduling, index=index, wakes=launch.sync_asleep == "wake"
         )
@@ -67,6 +68,8 @@ class Engine:
 
     async def sleep(self, level: int) -> None:
         """Free the GPU's memory: weights to the host (1) or dropped (2), and the KV cache. Ends requests."""
+        if self._slots and level > 1:
+            raise EngineError(f"engine {self._index} gets no base weights back, with lora_rank: use sleep(level=1)")
         if self.updates.busy:
             raise EngineError(f"engine {self._index} is in a sync: let it sleep afterwards")
         # Before anything else: what arrives from now on is refused.

@@ -18,11 +18,11 @@ from rollcast.comm import (
 )
 from rollcast.comm.buckets import fill_buckets
 from rollcast.comm.gpus import gpu_state, gpu_uuid
+from rollcast.rollout.adapters import is_adapter, register_adapters
 from rollcast.rollout.bells import Bell
 from rollcast.rollout.gate import Gate
 from rollcast.rollout.hashes import fingerprints
 from rollcast.rollout.layout import choose_cpu_layout
-from rollcast.rollout.live import LiveLanding
 from rollcast.rollout.records import Assignment
 from rollcast.rollout.synced import SyncedWorker
 from rollcast.rollout.tape import LandingError
@@ -59,9 +59,14 @@ class RollcastWorker(SyncedWorker):
             logger.exception("%s failed", method)
             return [str(error) or type(error).__name__, None]
 
-    def rollcast_watch(self, address: str, workers: int) -> None:
-        """From now on count steps and tokens, and answer the bell. Called once, before the first request."""
+    def rollcast_watch(self, address: str, workers: int, lora_versions: int) -> None:
+        """From now on count steps and tokens, and answer the bell. Called once, before the first request.
+
+        `lora_versions` adapters of zeros are there from then on: 0 for engines without LoRA.
+        """
         worker: Any = self
+        if lora_versions:
+            register_adapters(self._rollcast_model(), versions=lora_versions)
         self.rollcast_gate = Gate(worker)
         self.rollcast_bell = Bell(address, rank=worker.rank, workers=workers, run=self.rollcast_outcome)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -72,11 +77,13 @@ class RollcastWorker(SyncedWorker):
         Raises `LandingError` if the model cannot take the manifest, naming the parameters.
         """
         self._rollcast_refuse()
-        plan = self._rollcast_compile(Manifest.from_bytes(manifest))
+        weights = Manifest.from_bytes(manifest)
+        self._rollcast_refuse_kind(weights)
+        plan = self._rollcast_compile(weights)
         if problems := plan.check():
             shown = "\n  ".join(problems[:SHOWN]) + ("\n  ..." if len(problems) > SHOWN else "")
             raise LandingError(f"the trainer's weights do not fit the engine's model:\n  {shown}")
-        self.rollcast_landing = LiveLanding(plan, self._rollcast_model(), dtype=self._rollcast_dtype())
+        self.rollcast_landing = self._rollcast_land(plan)
         return plan.digest
 
     def rollcast_describe_landing(self) -> bytes:
@@ -123,5 +130,14 @@ class RollcastWorker(SyncedWorker):
         worker: Any = self
         if getattr(worker.vllm_config.parallel_config, "enable_eplb", False):
             raise LandingError("expert load balancing moves experts between workers: set enable_eplb to False")
-        if worker.vllm_config.lora_config is not None:
-            raise LandingError("an engine with enable_lora wraps its layers: full weights cannot be synced into it")
+
+    def _rollcast_refuse_kind(self, manifest: Manifest) -> None:
+        """Full weights for an engine with LoRA, and the other way round."""
+        adapter, wanted = is_adapter(manifest), self._rollcast_has_lora()
+        if wanted and not adapter:
+            raise LandingError(
+                "an engine with enable_lora wraps its layers, and full weights cannot be synced into it: set lora_rank "
+                "and send a peft model's adapter, or start the engines without LoRA"
+            )
+        if adapter and not wanted:
+            raise LandingError("an engine without LoRA takes no adapters: start the engines with lora_rank")

@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from rollcast.comm import Deadline, WeightSource
+from rollcast.comm import Deadline, open_source
 from rollcast.comm.agree import Agreement
 from rollcast.comm.group import reachable_host
 from rollcast.rollout.config import RolloutConfig
@@ -62,17 +62,30 @@ class Job:
         return self._pool
 
     def broadcaster(
-        self, weights: nn.Module | Mapping[str, torch.Tensor], *, transport: str | None = None
+        self,
+        weights: nn.Module | Mapping[str, torch.Tensor],
+        *,
+        transport: str | None = None,
+        adapter: str | None = None,
     ) -> PoolBroadcaster:
         """A broadcaster of these weights (see `WeightSource` for what they may be). Trainer ranks only.
 
+        Of a peft model it sends the LoRA adapter alone if the engines have a `lora_rank`, and else the base weights
+        with the adapter folded in; `adapter` names one where several are active.
+
         Not collective, but every trainer rank needs one to take part in its syncs. It takes over from an earlier
-        one, which is closed: the engines belong to one group at a time. `transport`: None, as configured.
+        one, which is closed: the engines belong to one group at a time. `transport`: None, as configured. Raises
+        `ValueError`, by name, for adapters that engines would compute differently.
         """
         pool, agreement = self.pool, self._agreement
         assert agreement is not None
         broadcaster = PoolBroadcaster(
-            WeightSource(weights, dtype=self.config.torch_dtype()),
+            open_source(
+                weights,
+                adapters=self.config.lora_rank is not None,
+                adapter=adapter,
+                dtype=self.config.torch_dtype(),
+            ),
             pool,
             agreement,
             config=replace(self.config, transport=transport or self.config.transport),

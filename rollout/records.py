@@ -231,4 +231,6 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float
     max_num_seqs: int | None
     sync_asleep: str
+    lora_rank: int | None
+    lora_versions: int
     engine_args: dict[str, Any]

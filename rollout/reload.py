@@ -154,7 +154,8 @@ def process_attention(layer: Any, dtype: torch.dtype) -> None:
 
 def probe(module: Any) -> torch.Tensor | None:
     """What a linear layer whose weight is hidden in its kernel makes of a fixed input; None for others."""
-    linear = getattr(module, "cpu_linear", None)
+    # The module's own: LoRA's wrappers show that of the layer inside.
+    linear = vars(module).get("cpu_linear")
     if linear is None or not getattr(linear, "__closure__", None):
         return None
     weight = _metadata(module)[0]["weight"]

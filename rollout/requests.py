@@ -10,6 +10,7 @@ import msgspec
 
 from rollcast.rollout.drafts import Draft, Switch
 from rollcast.rollout.errors import EngineError
+from rollcast.rollout.lora import adapter_request
 from rollcast.rollout.records import Completion, Piece, Sampling
 
 # What vLLM makes of our request ids: a random end.
@@ -38,16 +39,21 @@ class Requests:
 
     Each sample is a request of vLLM's. If a sync ends it (`pause_mode="abort"`), another request goes on from the
     tokens that it has, under the new weights.
+
+    With `slots`, the weights of a version are an adapter in one of them, and versions take turns: a request stays
+    with its slot, and goes over to another version when that is put there.
     """
 
-    def __init__(self, llm: Any, *, index: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, llm: Any, *, index: int, eos_token_ids: tuple[int, ...], slots: int) -> None:
         self._llm = llm
         self._index = index
         self._eos_token_ids = eos_token_ids
         self._count = 0
         self._switch = Switch(0, {})
-        # By vLLM's request: the switch that it arrived after, and those since.
-        self._switches: dict[int, list[Switch]] = {}
+        self.slots = slots
+        self._slot = 0
+        # By vLLM's request: its slot, the switch that it arrived after, and those since that concern the slot.
+        self._switches: dict[int, tuple[int, list[Switch]]] = {}
         self._running: dict[str, Running] = {}
         self._waiting: set[asyncio.Task[Completion]] = set()
         # vLLM's requests whose outcome does not count.
@@ -70,6 +76,10 @@ class Requests:
         """Of the pool's requests that are under way."""
         return len(self._running)
 
+    def slot_of(self, version: int) -> int:
+        """Where a version goes, or is."""
+        return self._slot if version == self.version else (self._slot + 1) % max(self.slots, 1)
+
     def hold(self) -> None:
         """The weights change: what ends from now on may be of some that will not be served, and is kept back.
 
@@ -88,12 +98,14 @@ class Requests:
         that running ones have made with the old weights.
         """
         if version != self.version:
+            self._slot = self.slot_of(version)
             found = ((REQUEST_ID.match(request), count) for request, count in tokens.items())
             places = ((int(its["number"]), count) for its, count in found if its)
             self._switch = Switch(version, {number: count for number, count in places if number in self._switches})
-            for switches in self._switches.values():
+            concerned = {number: its for number, (slot, its) in self._switches.items() if slot == self._slot}
+            for switches in concerned.values():
                 switches.append(self._switch)
-            if anew and (waiting := self._switches.keys() - self._switch.tokens.keys()):
+            if anew and (waiting := concerned.keys() - self._switch.tokens.keys()):
                 self._recalled |= waiting
                 self._calls.add(call := asyncio.create_task(self._abort(waiting)))
                 call.add_done_callback(self._calls.discard)
@@ -158,13 +170,14 @@ class Requests:
         self._count += 1
         number = self._count
         request.numbers.add(number)
-        switches = self._switches[number] = [self._switch]
+        slot, switches = self._switches[number] = self._slot, [self._switch]
         draft.begin()
         # In vLLM's own form, which it takes at once: a request must not meet a switch on its way in.
         tokens = tokens_input(draft.prompt + draft.token_ids, cache_salt=f"rollcast-{self.salt}")
         params = draft.params(eos_token_ids=self._eos_token_ids, stream=request.emit is not None)
+        more = {"priority": request.priority} | ({"lora_request": adapter_request(slot)} if self.slots else {})
         try:
-            async for found in self._llm.generate(tokens, params, f"rollcast-{number}", priority=request.priority):
+            async for found in self._llm.generate(tokens, params, f"rollcast-{number}", **more):
                 await self._decided.wait()
                 if number in self._recalled:
                     # It may have run by now, with keys of the old weights.

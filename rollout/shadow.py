@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from rollcast.comm import Deadline, Group, Lane, PhaseTimer, WeightReceiver
+from rollcast.comm import Deadline, Group, Landing, Lane, PhaseTimer, WeightReceiver
 from rollcast.comm.copier import FusedCopy
-from rollcast.rollout.live import LiveLanding
 from rollcast.rollout.tape import LandingError
 
 # Of the GPU's memory: what vLLM may still need for itself.
@@ -17,7 +16,7 @@ SPARE_BYTES = 1 << 30
 class ShadowLanding:
     """A `Landing` into spare memory. `apply` brings what has arrived into the live landing."""
 
-    def __init__(self, landing: LiveLanding, lane: Lane, *, device: torch.device) -> None:
+    def __init__(self, landing: Landing, lane: Lane, *, device: torch.device) -> None:
         staged = {(message.stage, message.target) for message in lane.messages if message.stage is not None}
         direct = dict.fromkeys(message.target for message in lane.messages if message.stage is None)
         self._landing = landing
@@ -71,7 +70,7 @@ class ShadowLanding:
 class Shadow:
     """Receives beside decoding, one sync at a time (the bell's thread, on a stream of its own)."""
 
-    def __init__(self, landing: LiveLanding, lane: Lane, *, device: torch.device) -> None:
+    def __init__(self, landing: Landing, lane: Lane, *, device: torch.device) -> None:
         self._landing = ShadowLanding(landing, lane, device=device)
         self._receiver = WeightReceiver(lane, self._landing, device=device)
         self._device = device

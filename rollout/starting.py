@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rollcast.rollout.lora import lora_args
 from rollcast.rollout.records import Launch
 
 
@@ -11,6 +12,8 @@ def start_llm(launch: Launch) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     optional: dict[str, Any] = {} if launch.max_num_seqs is None else {"max_num_seqs": launch.max_num_seqs}
+    if launch.lora_rank is not None:
+        optional |= lora_args(launch.lora_rank, versions=launch.lora_versions)
     args: dict[str, Any] = {
         "model": launch.model,
         "dtype": launch.dtype,

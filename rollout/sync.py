@@ -93,7 +93,7 @@ class PoolBroadcaster:
 
         For a trainer that starts from the checkpoint that the engines have loaded. It proves the landing of this
         model against vLLM's own load. Collective over the trainer ranks; the version stays. Raises `SyncError`
-        naming the tensors that changed.
+        naming the tensors that changed. Not for adapters.
         """
         return self._sync(self.version, How("in_place", self._config.pause_mode, "kept", "full", unchanged=True))
 
@@ -161,7 +161,7 @@ class PoolBroadcaster:
         """All trainer ranks must be about to send the same thing: a rank with another plan would hang the rest."""
         current = self._source.current()
         what = "self-test" if how.unchanged else f"{how.mode}, verify {how.verify}"
-        word = f"version {version} after {self.version}, {what}, weights {current.digest[:16]}"
+        word = f"version {version} after {self.version}, {what}, weights {current.digest[:16]}{self._source.settings}"
         deadline = Deadline(self._config.trainer_timeout_s)
         try:
             verdict = self._decide("plan", word, deadline)

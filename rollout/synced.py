@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rollcast.comm import Deadline, Group, Lane, Manifest, PhaseTimer, WeightReceiver
+from rollcast.rollout.adapters import AdapterLanding, compile_adapter
 from rollcast.rollout.bells import Bell
 from rollcast.rollout.compiler import compile_landing
 from rollcast.rollout.gate import Gate
@@ -25,24 +26,25 @@ class SyncedWorker:
     rollcast_group: Group | None = None
     rollcast_gate: Gate | None = None
     rollcast_bell: Bell
-    rollcast_landing: LiveLanding
+    rollcast_landing: LiveLanding | AdapterLanding
     rollcast_receiver: WeightReceiver
     rollcast_shadow: Shadow | None = None
 
     def rollcast_receive(
-        self, version: int, digests: list[str], verify: str, unchanged: bool, timeout_s: float
+        self, version: int, digests: list[str], slot: int, verify: str, unchanged: bool, timeout_s: float
     ) -> dict[str, dict[str, Any]]:
         """Receive one sync into the live parameters. Collective over the lane.
 
         Returns "phases_s" and "tokens": of each request, how many are of the old weights.
 
-        `digests` are those of the lanes of the engine's workers; with `unchanged` no tensor may change. On any
+        `digests` are those of the lanes of the engine's workers; `slot` is where an adapter goes; with `unchanged`
+        no tensor may change. On any
         failure the worker leaves the group, which makes the sender fail at once, and the parameters are a mixture
         until a later sync succeeds.
         """
         timer, deadline = PhaseTimer(), Deadline(timeout_s)
         with self._rollcast_leaving(), self._rollcast_after_steps(deadline, timer) as (gate, stream):
-            group = self._rollcast_ready(version, digests, gentle=False)
+            group = self._rollcast_ready(version, digests, slot, gentle=False)
             before = hashes(self._rollcast_model()) if unchanged else {}
             self.rollcast_receiver.receive(group, deadline=deadline, timer=timer, checksums=verify != "none")
             if verify == "full":
@@ -56,7 +58,7 @@ class SyncedWorker:
             return {"phases_s": phases_s, "tokens": gate.steps.tokens()}
 
     def rollcast_receive_aside(
-        self, version: int, digests: list[str], verify: str, timeout_s: float
+        self, version: int, digests: list[str], slot: int, verify: str, timeout_s: float
     ) -> dict[str, dict[str, Any]]:
         """Receive one sync into spare memory while the engine decodes. Collective over the lane.
 
@@ -66,7 +68,7 @@ class SyncedWorker:
         deadline = Deadline(timeout_s)
         with self._rollcast_leaving():
             with self._rollcast_between_steps(deadline) as gate:
-                group = self._rollcast_ready(version, digests, gentle=True)
+                group = self._rollcast_ready(version, digests, slot, gentle=True)
                 if self.rollcast_shadow is None:
                     lane = self.rollcast_receiver.lane
                     with gate.beside() as stream:
@@ -160,9 +162,20 @@ class SyncedWorker:
         worker: Any = self
         return set_current_vllm_config(worker.vllm_config)
 
+    def _rollcast_has_lora(self) -> bool:
+        worker: Any = self
+        return worker.vllm_config.lora_config is not None
+
     def _rollcast_compile(self, manifest: Manifest) -> LandingPlan:
         with self._rollcast_settings():
+            if self._rollcast_has_lora():
+                return compile_adapter(self._rollcast_model(), manifest)
             return compile_landing(self._rollcast_model(), manifest, dtype=self._rollcast_dtype())
+
+    def _rollcast_land(self, plan: LandingPlan) -> LiveLanding | AdapterLanding:
+        if self._rollcast_has_lora():
+            return AdapterLanding(plan, self._rollcast_model())
+        return LiveLanding(plan, self._rollcast_model(), dtype=self._rollcast_dtype())
 
     def _rollcast_follow(self) -> None:
         """Find the live tensors again if vLLM has moved any since the last sync."""
@@ -175,7 +188,7 @@ class SyncedWorker:
         plan = self._rollcast_compile(known.manifest)
         if plan.digest != known.digest:
             raise LandingError(f"{moved} was replaced and the weights now land elsewhere: sync again to plan anew")
-        self.rollcast_landing = LiveLanding(plan, self._rollcast_model(), dtype=self._rollcast_dtype())
+        self.rollcast_landing = self._rollcast_land(plan)
         self._rollcast_bind(self.rollcast_receiver.lane)
 
     def _rollcast_bind(self, lane: Lane) -> None:
@@ -183,7 +196,7 @@ class SyncedWorker:
         self.rollcast_receiver = WeightReceiver(lane, self.rollcast_landing, device=worker.device)
         self.rollcast_shadow = None
 
-    def _rollcast_ready(self, version: int, digests: list[str], *, gentle: bool) -> Group:
+    def _rollcast_ready(self, version: int, digests: list[str], slot: int, *, gentle: bool) -> Group:
         """The group, if this worker can receive the sync that was announced."""
         worker: Any = self
         if self.rollcast_group is None:
@@ -191,5 +204,7 @@ class SyncedWorker:
         self._rollcast_follow()
         if self.rollcast_receiver.lane.digest != digests[worker.rank]:
             raise ValueError(f"version {version} was announced with another plan than the one joined with")
+        if isinstance(self.rollcast_landing, AdapterLanding):
+            self.rollcast_landing.slot = slot
         self.rollcast_group.gentle = gentle
         return self.rollcast_group

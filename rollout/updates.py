@@ -102,12 +102,15 @@ class Updates:
                 f"engine {self._index} has version {version}, {state.value}: a self-test needs engines that serve "
                 f"version {request.version}, so sync first"
             )
+        if request.unchanged and self._requests.slots:
+            raise EngineError(f"engine {self._index} has no adapter in its checkpoint to test: use sync(verify='full')")
         if request.mode == "shadow" and self._state is State.TORN:
             raise EngineError(f"engine {self._index} has no weights to serve meanwhile: sync in place after a failure")
 
     async def _receive(self, request: Receive) -> list[dict[str, float]]:
         """Let the workers receive: into the live weights, torn until `commit`, or beside them while they decode."""
-        arguments: list[Any] = [request.version, request.digests, request.verify]
+        slot = self._requests.slot_of(request.version)
+        arguments: list[Any] = [request.version, request.digests, slot, request.verify]
         if request.mode == "shadow":
             outcomes = await self._workers.ring("rollcast_receive_aside", *arguments, request.timeout_s)
             self._state = State.HOLDING

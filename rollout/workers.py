@@ -16,15 +16,16 @@ VLLM_WRAPPING = re.compile(
 class Workers:
     """The workers of one `AsyncLLM`. Errors carry a worker's own words."""
 
-    def __init__(self, llm: Any, *, index: int, count: int) -> None:
+    def __init__(self, llm: Any, *, index: int, count: int, slots: int) -> None:
         self._llm = llm
         self._index = index
         self._count = count
+        self._slots = slots
         self._bells = Bells(count)
 
     async def watch(self) -> None:
         """Let the workers count tokens, and answer their bells, from the first request on."""
-        await self.call("rollcast_watch", await self._bells.open(), self._count)
+        await self.call("rollcast_watch", await self._bells.open(), self._count, self._slots)
 
     async def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker; `EngineError` with the workers' own text if any raises."""

@@ -23,12 +23,12 @@ SIZES = {
 }
 
 
-def build(kind: str, *, seed: int = 0) -> Any:
+def build(kind: str, *, seed: int = 0, **sizes: Any) -> Any:
     """ "tied" is a Qwen3 with tied embeddings, "untied" a Llama without."""
     torch.manual_seed(seed)
     if kind == "tied":
-        return Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True))
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
+        return Qwen3ForCausalLM(Qwen3Config(**SIZES | sizes, tie_word_embeddings=True))
+    return LlamaForCausalLM(LlamaConfig(**SIZES | sizes, tie_word_embeddings=False))
 
 
 def perturb(model: torch.nn.Module, *, seed: int) -> None:

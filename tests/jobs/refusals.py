@@ -56,7 +56,9 @@ def launch(folder: str) -> Launch:
         gpu_memory_utilization=0.9,
         max_num_seqs=None,
         sync_asleep=config.sync_asleep,
-        engine_args={"enable_lora": True, "max_lora_rank": 8},
+        lora_rank=8,
+        lora_versions=1,
+        engine_args={},
     )
 
 

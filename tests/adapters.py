@@ -1,0 +1,40 @@
+"""Tiny peft models whose adapters have been trained for a few steps."""
+
+from typing import Any
+
+import torch
+from models import build
+from peft import LoraConfig, get_peft_model
+
+# All that vLLM fuses into qkv_proj but one; all that it fuses into gate_up_proj; what it shards by rows.
+TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+RANK = 10
+PROMPTS = [[5, 6, 7], [9, 8, 3, 2], list(range(2, 40)) * 8]
+
+
+def adapted(base: Any = None, **settings: Any) -> Any:
+    """A model (random by default) with an adapter that does nothing yet."""
+    base = build("untied") if base is None else base
+    torch.manual_seed(1)
+    its: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "target_modules": list(TARGETS)}
+    return get_peft_model(base, LoraConfig(**its | settings))
+
+
+def train(model: Any, *, seed: int, steps: int = 3) -> None:
+    """Make random tokens likelier: A and B change, and the base weights do not."""
+    torch.manual_seed(seed)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.03)
+    for _ in range(steps):
+        tokens = torch.randint(2, 48, (4, 32))
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def logprobs(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """Of each token behind the prompt, by one forward of the model's own."""
+    every = torch.tensor([prompt + tokens])
+    with torch.no_grad():
+        found = model(input_ids=every).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+    return found.gather(1, every[0, len(prompt) :, None])[:, 0]
