@@ -1,5 +1,6 @@
 """How vLLM is started (engine process)."""
 
+import asyncio
 from typing import Any
 
 from rollcast.rollout.lora import lora_args
@@ -32,4 +33,23 @@ def start_llm(launch: Launch) -> Any:
         "scheduling_policy": "priority",
         "disable_log_stats": True,
     }
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**args | optional | launch.engine_args))
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args | optional | launch.engine_args))
+    _share_the_loop(llm)
+    return llm
+
+
+def _share_the_loop(llm: Any) -> None:
+    """Let others have their turn between two steps' outputs.
+
+    vLLM's handler of outputs only waits when there are none. Where steps are short, or the core is shared, there
+    always are, and a sync would wait until the last request is done.
+    """
+    core = llm.engine_core
+    get = core.get_output_async
+
+    async def get_output_async() -> Any:
+        outputs = await get()
+        await asyncio.sleep(0)
+        return outputs
+
+    core.get_output_async = get_output_async

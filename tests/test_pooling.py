@@ -44,13 +44,15 @@ def test_a_stream_that_is_left_is_over(facts: dict[str, Any]) -> None:
 @vllm
 def test_a_sync_cuts_a_stream_once(facts: dict[str, Any]) -> None:
     versions = [span[0] for _, _, spans, _ in facts["synced"] for span in spans]
-    assert versions == sorted(versions) and set(versions) == {0, 1}
+    assert versions == sorted(versions) and len(set(versions)) == 2
     assert sum(len(tokens) for tokens, *_ in facts["synced"]) == LONG
 
 
 @vllm
 def test_samples_that_waited_in_the_engine_do_not_find_old_keys(facts: dict[str, Any]) -> None:
-    late = [distance for versions, distance in facts["queued"] if versions == [2]]
+    newest = facts["queued"][-1][0]
+    assert len(newest) == 1
+    late = [distance for versions, distance in facts["queued"] if versions == newest]
     assert len(late) >= 4 and max(late) < 1e-4, facts["queued"]
 
 
