@@ -135,7 +135,7 @@ class Orchestrator(Generic[Batch]):
 
     def _hear(self, state: State, background: Background[Batch]) -> Generated:
         """A round of all ranks: what everybody has generated. The first error of any rank ends it."""
-        with self._waiting():
+        with self._waiting() if state.waits else nullcontext():
             if state.waits:
                 background.wait(POLL_S)
             word = Word(background.oldest(), self._words(background.error))
