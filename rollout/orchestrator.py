@@ -138,10 +138,11 @@ class Orchestrator(Generic[Batch]):
         with self._waiting() if state.waits else nullcontext():
             if state.waits:
                 background.wait(POLL_S)
-            word = Word(background.oldest(), self._words(background.error))
-            verdict = self._decide(_encode(word), _merged)
-        if background.error:
-            raise background.error
+            # Looked at once: what fails from here on is told in the next round, for the others go on till then.
+            error = background.error
+            verdict = self._decide(_encode(Word(background.oldest(), self._words(error))), _merged)
+        if error:
+            raise error
         try:
             heard = msgspec.json.decode(verdict, type=Word)
         except msgspec.DecodeError:
