@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ class Rehearsal:
         self.logs: list[list[str]] = [[] for _ in range(ranks)]
         self.ages: list[dict[int, int]] = [{} for _ in range(ranks)]
         self.generated: list[list[int]] = [[] for _ in range(ranks)]
+        self.looks = [0] * ranks
+        """How often each rank has looked for a batch that was not there yet."""
         self.cancelled = threading.Event()
         self.version = 0
         self._random = random.Random(seed)
@@ -50,6 +53,7 @@ class Rehearsal:
             train=lambda made: self._train(rank, made),
             sync=lambda version: self._sync(rank, version),
             dropped=lambda made: self.logs[rank].append(f"drop {made.batch}"),
+            waiting=lambda: self._look(rank),
             cancel=self.cancelled.set,
             agreement=Agreement(self._store, rank=rank, size=self.ranks),
             rank=rank,
@@ -90,6 +94,10 @@ class Rehearsal:
         if self._together.wait(LONG_S) == 0:
             self.version = version
         self._together.wait(LONG_S)
+
+    def _look(self, rank: int) -> nullcontext[None]:
+        self.looks[rank] += 1
+        return nullcontext()
 
     def _hook(self, name: str, rank: int, number: int) -> None:
         if name in self.hooks:

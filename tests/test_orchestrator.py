@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from rehearsal import LONG_S, Rehearsal, generating
+from rehearsal import LONG_S, Made, Rehearsal, generating
 
 from rollcast.comm import agree
 from rollcast.rollout import Mode, OrchestratorError, Outcome, async_, background, on_policy, one_step_off
@@ -83,6 +83,28 @@ def test_async_syncs_while_requests_are_in_flight() -> None:
     job.hooks["generate"] = generate
     job.hooks["sync"] = lambda rank, version: synced.set() if version == 2 else None
     job.run(async_(max_staleness=1), steps=3)
+
+
+def test_a_batch_is_as_old_as_its_oldest_token_on_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, third = Rehearsal(2), threading.Event()
+
+    def generate(rank: int, batch: int) -> Made:
+        begun = job.version
+        # Batch 1 is there after the third sync; by then its requests have only just begun on rank 0.
+        assert batch != 1 or third.wait(SOON_S)
+        return Made(batch, begun if rank else job.version)
+
+    monkeypatch.setattr(job, "generate", generate)
+    job.hooks["train"] = lambda rank, batch: third.set() if job.version == 3 else None
+    assert [outcome.dropped for outcome in job.run(async_(max_staleness=2, stale="drop"), steps=6)] == [1, 1]
+    assert all("drop 1" in log for log in job.logs)
+
+
+def test_a_rank_that_waits_leaves_the_processor_to_others() -> None:
+    job = Rehearsal(1)
+    job.hooks["generate"] = lambda rank, batch: time.sleep(0.5)
+    job.run(on_policy(), steps=1)
+    assert 0 < job.looks[0] <= 12
 
 
 @pytest.mark.parametrize("where", ["generate", "train", "sync"])
