@@ -49,6 +49,14 @@ class Agreement:
         self._verdicts.append(f"{topic}/verdict")
         return verdict
 
+    def leave(self, topic: str, word: str) -> None:
+        """Say `word` instead of a `decide`, and wait for nobody; rank 0's is the verdict. Not collective.
+
+        For a rank that cannot go on: who comes to the topic, however late, hears of it.
+        """
+        if self._size > 1:
+            self._store.set(*((f"{topic}/{self._rank}", f"word {word}") if self._rank else (f"{topic}/verdict", word)))
+
     def _word(self, topic: str, rank: int, deadline: Deadline) -> str:
         absent = TimeoutError(f"trainer rank {rank} did not come within {deadline.timeout_s:g} s")
         key = f"{topic}/{rank}"

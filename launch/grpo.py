@@ -16,12 +16,12 @@ from rollcast.launch.errors import AgreementError
 from rollcast.launch.interrupt import end_soon_on_signals
 from rollcast.launch.options import GrpoConfig, parse
 from rollcast.launch.task import CHARACTERS, Task, load_task
-from rollcast.rollout import Job, PreflightError, RollcastError, RolloutConfig, SyncError, join
+from rollcast.rollout import Job, OrchestratorError, PreflightError, RollcastError, RolloutConfig, SyncError, join
 from rollcast.rollout.preflight import check_prompts, versions
 from rollcast.rollout.world import World
 
 STORE_TIMEOUT_S = 300.0
-SAME_ON_ALL_RANKS = (PreflightError, SyncError, AgreementError)
+SAME_ON_ALL_RANKS = (PreflightError, SyncError, AgreementError, OrchestratorError)
 
 
 def main() -> int:

@@ -55,6 +55,9 @@ class GrpoConfig:
     minibatches: int = 8
     max_grad_norm: float = 1.0
     seed: int = 0
+    mode: str = "on_policy"
+    max_staleness: int = 2
+    stale: str = "complete"
     pause_mode: str = "keep"
     bucket_mib: int = 256
     sync_timeout_s: float = 60.0
@@ -81,6 +84,10 @@ class GrpoConfig:
             )
         if self.samples_per_prompt < 2:
             raise ValueError("samples_per_prompt must be at least 2: GRPO compares samples of one prompt")
+        if self.max_staleness < 0:
+            raise ValueError(f"max_staleness must be at least 0, got {self.max_staleness}")
+        if self.mode == "async" and self.pause_mode == "abort":
+            raise ValueError("pause_mode abort would cut off what mode async generates during a sync: keep or wait")
 
 
 HELP = {
@@ -107,6 +114,11 @@ HELP = {
     "minibatches": "optimizer steps in a pass",
     "max_grad_norm": "gradients are scaled down to this norm",
     "seed": "of the initial weights, the prompts and the engines",
+    "mode": "what overlaps; on_policy: nothing, one_step_off: a batch is generated while the one before is trained on, "
+    "async: generation goes on during training and syncs",
+    "max_staleness": "mode async: most versions that a sample may be older than the policy that it trains",
+    "stale": "mode async, what becomes of a batch that is late; complete: training waits for it before it is too old, "
+    "drop: training goes on without it",
     "pause_mode": "what a sync does to requests in flight",
     "bucket_mib": "MiB of one broadcast",
     "sync_timeout_s": "a sync that takes longer than this many seconds fails",
@@ -121,6 +133,8 @@ HELP = {
 CHOICES = {
     "parallel": ("fsdp2", "ddp"),
     "device": ("auto", "cpu", "cuda"),
+    "mode": ("on_policy", "one_step_off", "async"),
+    "stale": ("complete", "drop"),
     "verify": ("none", "checksum", "full"),
 }
 

@@ -19,6 +19,8 @@ class Sample:
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     advantage: float
+    oldest_version: int
+    """Of the policy, for its first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class Batch:
     """float32 [B, L - 1]: the engine's log-probability of token t + 1; 0 outside the completion."""
     advantages: torch.Tensor
     """float32 [B, 1]."""
+    oldest_versions: torch.Tensor
+    """int64 [B, 1]."""
 
 
 def group_advantages(rewards: Sequence[float], *, eps: float = 1e-4) -> list[float]:
@@ -57,7 +61,8 @@ def make_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.device) 
         mask[row, completion] = 1.0
         logprobs[row, completion] = torch.tensor(sample.logprobs)
     advantages = torch.tensor([[sample.advantage] for sample in samples])
-    return Batch(*(tensor.to(device) for tensor in (input_ids, attention, mask, logprobs, advantages)))
+    oldest = torch.tensor([[sample.oldest_version] for sample in samples])
+    return Batch(*(tensor.to(device) for tensor in (input_ids, attention, mask, logprobs, advantages, oldest)))
 
 
 def token_logprobs(model: nn.Module, batch: Batch, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +86,10 @@ def kl_penalty(logprobs: torch.Tensor, reference: torch.Tensor, batch: Batch) ->
     return torch.where(batch.completion_mask > 0, delta.exp() - delta - 1.0, 0.0)
 
 
-def max_logprob_diff(logprobs: torch.Tensor, batch: Batch) -> float:
-    """Largest difference between the trainer's and the engine's log-probability of a sampled token."""
-    return torch.where(batch.completion_mask > 0, (logprobs - batch.rollout_logprobs).abs(), 0.0).max().item()
+def max_logprob_diff(logprobs: torch.Tensor, batch: Batch, *, version: int) -> float:
+    """Largest difference between the trainer's and the engine's log-probability of a sampled token.
+
+    Of samples that are wholly of `version`, the trainer's own; 0 if there are none.
+    """
+    compared = (batch.completion_mask > 0) & (batch.oldest_versions >= version)
+    return torch.where(compared, (logprobs - batch.rollout_logprobs).abs(), 0.0).max().item()

@@ -25,14 +25,18 @@ class StepRecord:
     step: int
     reward: float
     """Mean reward of the step's samples."""
-    logprob_max_diff: float
-    """Largest difference between engine and trainer log-probability of a sampled token, before the update."""
+    logprob_max_diff: float | None
+    """Largest difference between engine and trainer log-probability of a sampled token, before the update, over the
+    samples that are wholly of the trainer's version. None: there was no such sample."""
     staleness_max: int
     """Most versions that a sample was behind the policy it was used to update."""
+    samples_dropped: int
+    """Samples that were too old to train on, since the last step."""
     policy_version: int
     """What the engines serve after the step."""
     tokens: int
     tokens_per_s: float
+    """While the step's own batch was generated; others may have been generated at the same time."""
     loss: float
     phase_s: dict[str, float]
     sync: dict[str, Any]
@@ -104,6 +108,16 @@ class RunReport:
                 highlight=False,
             )
 
+    @property
+    def staleness_max(self) -> int:
+        """Most versions that a sample of the run was behind."""
+        return max((record.staleness_max for record in self.records), default=0)
+
+    @property
+    def samples_dropped(self) -> int:
+        """Samples of the run that were too old to train on."""
+        return sum(record.samples_dropped for record in self.records)
+
     def write(self, *, status: str) -> None:
         """Write `report.json`, and `curve.png` if there is a step to draw."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +125,9 @@ class RunReport:
             "status": status,
             "config": self.config,
             "versions": self.versions,
+            "mode": self.config["mode"],
+            "staleness_max": self.staleness_max,
+            "samples_dropped": self.samples_dropped,
             "steps": [asdict(record) for record in self.records],
             "final": self.final,
         }
@@ -123,6 +140,7 @@ class RunReport:
         rewards = [record.reward for record in self.records]
         syncs = sorted(record.sync["phases_s"]["total"] for record in self.records)
         rates = [record.tokens_per_s for record in self.records]
+        difference = max(record.logprob_max_diff or 0.0 for record in self.records)
         table = Table(title=f"{len(self.records)} steps", show_header=False)
         rows = {
             "reward, first 5 steps": f"{_mean(rewards[:5]):.3f}",
@@ -130,11 +148,16 @@ class RunReport:
             "syncs": f"{len(syncs)}, median {1e3 * syncs[len(syncs) // 2]:.1f} ms, slowest {1e3 * syncs[-1]:.1f} ms",
             "tokens/s while generating": f"{_mean(rates):.0f}",
             "policy version": str(self.records[-1].policy_version),
-            "largest logprob difference, engine to trainer": f"{max(r.logprob_max_diff for r in self.records):.1e}",
+            "mode": self.config["mode"],
+            "staleness of samples": self._staleness(),
+            "largest logprob difference, engine to trainer": f"{difference:.1e}",
         }
         for name, value in rows.items():
             table.add_row(name, value)
         return table
+
+    def _staleness(self) -> str:
+        return f"at most {self.staleness_max} versions, {self.samples_dropped} dropped"
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 3))
@@ -145,6 +168,7 @@ class RunReport:
             table.add_row("tokens/s", f"{last.tokens_per_s:.0f}")
             table.add_row("sync", f"{1e3 * last.sync['phases_s']['total']:.1f} ms")
             table.add_row("policy version", str(last.policy_version))
+            table.add_row("staleness", f"{self._staleness()} ({self.config['mode']})")
         return Panel(Group(table, self._progress), title="rollcast GRPO", border_style="blue")
 
 

@@ -1,9 +1,8 @@
 """GRPO, group relative policy optimization (DeepSeekMath, arXiv 2402.03300), written out (trainer ranks)."""
 
 import math
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,55 +17,40 @@ from rollcast.launch.policy import (
     Batch,
     Sample,
     clipped_loss,
-    group_advantages,
     kl_penalty,
     make_batch,
     max_logprob_diff,
     token_logprobs,
 )
 from rollcast.launch.report import RunReport, StepRecord
+from rollcast.launch.sampler import Rollout, Sampler
 from rollcast.launch.task import Task
-from rollcast.rollout import Job, Sampling
+from rollcast.rollout import Job, Mode, async_, on_policy, one_step_off
 
 # vLLM's attention multiplies in TF32 on GPUs.
 FLOAT32_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}
 
 
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """What the engines generated for one trainer rank in one step."""
-
-    samples: list[Sample]
-    reward: float
-    """Mean over the samples of all trainers."""
-    oldest_version: int
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(sample.token_ids) for sample in self.samples)
-
-
 class Grpo:
     """One trainer rank's part of the loop.
 
-    for step in range(steps):       # what `run` does
-        rollout -> agreement with the engines -> update -> sync
+    for step in range(steps):       # what the orchestrator does, as far at the same time as the mode allows
+        sampler.generate -> train (agreement with the engines, update) -> finish (sync, record)
     """
 
     def __init__(self, config: GrpoConfig, job: Job, *, task: Task, report: RunReport) -> None:
         self.config = config
-        self.pool = job.pool
+        self.job = job
         self.report = report
         self.dtype = job.config.torch_dtype()
         self.tolerance = config.logprob_tolerance
         if self.tolerance is None:
             bound = FLOAT32_TOLERANCE[job.config.resolved_device()]
             self.tolerance = bound if self.dtype == torch.float32 else math.inf
-        self.task = task
-        self.rng = random.Random(config.seed)
         self.trainers = Trainers(rank=job.trainer_rank, size=config.trainers, device=job.config.resolved_device())
-        self.tokenizer = AutoTokenizer.from_pretrained(job.config.model)
-        self.pad_id = self.tokenizer.pad_token_id or 0
+        tokenizer = AutoTokenizer.from_pretrained(job.config.model)
+        self.pad_id = tokenizer.pad_token_id or 0
+        self.sampler = Sampler(config, job.pool, task=task, tokenizer=tokenizer, trainer_rank=job.trainer_rank)
         self.reference = self._load(job.config.model).requires_grad_(False) if config.kl else None
         self.model = self.trainers.share(self._load(job.config.model), config.parallel)
         self.optimizer = torch.optim.AdamW(
@@ -76,76 +60,77 @@ class Grpo:
             self.optimizer, start_factor=1.0, end_factor=0.1, total_iters=config.steps
         )
         self.broadcaster = job.broadcaster(self.model)
+        self.dropped = 0
 
     def run(self) -> None:
-        """All steps, then one more rollout to see what the last sync brought."""
+        """All steps, then one more rollout to see what the last sync brought. Collective."""
         if self.config.self_test:
             self.broadcaster.self_test()
-        for step in range(self.config.steps):
-            self.report.add(self.step(step))
-        rollout = self.generate()
+        outcome = self.job.orchestrator(
+            mode_of(self.config),
+            generate=self.sampler.generate,
+            train=self.train,
+            sync=self.finish,
+            dropped=self.drop,
+            waiting=partial(self.report.phase, "generate"),
+        ).run(steps=self.config.steps)
+        rollout = self.sampler.generate(outcome.trained + outcome.dropped)
         self.report.final = {
-            "reward": rollout.reward,
+            "reward": self.trainers.mean(rollout.reward),
             "logprob_max_diff": self.agreement(rollout.samples),
             "policy_version": self.broadcaster.version,
         }
         self.trainers.close()
 
-    def step(self, step: int) -> StepRecord:
-        """One step of all trainers together. Collective."""
-        with self.report.phase("generate"):
-            rollout = self.generate()
+    def train(self, rollout: Rollout) -> None:
+        """The step's update, after a look at the engines. Collective."""
         with self.report.phase("agree"):
             difference = self.agreement(rollout.samples)
         with self.report.phase("train"):
             loss = self.update(rollout.samples)
+        self.trained = rollout, difference, loss
+
+    def drop(self, rollout: Rollout) -> None:
+        """Count samples that nobody will train on."""
+        self.dropped += len(rollout.samples)
+        self.job.pool.metrics.stale_drops.inc(len(rollout.samples))
+
+    def finish(self, version: int) -> None:
+        """Sync, and note what the step was like. Collective."""
+        rollout, difference, loss = self.trained
         behind = self.broadcaster.version - rollout.oldest_version
         with self.report.phase("sync"):
-            sync = self.sync(version=self.broadcaster.version + 1)
+            sync = self.sync(version=version)
         tokens = round(self.trainers.mean(rollout.tokens) * self.trainers.size)
-        return StepRecord(
-            step=step,
-            reward=rollout.reward,
+        record = StepRecord(
+            step=len(self.report.records),
+            reward=self.trainers.mean(rollout.reward),
             logprob_max_diff=difference,
             staleness_max=round(self.trainers.max(behind)),
-            policy_version=self.broadcaster.version,
+            samples_dropped=self.dropped * self.trainers.size,
+            policy_version=version,
             tokens=tokens,
-            tokens_per_s=tokens / self.report.phase_s["generate"],
+            tokens_per_s=tokens / rollout.seconds,
             loss=self.trainers.mean(loss),
             phase_s=dict(self.report.phase_s),
             sync=sync.to_dict(),
         )
-
-    def generate(self) -> Rollout:
-        """Completions of this rank's share of the step's prompts, rewarded and compared within their groups."""
-        texts = self.task.draw(self.config.prompts_per_step, self.rng)[self.trainers.rank :: self.trainers.size]
-        prompts = [self.tokenizer.encode(text) for text in texts]
-        sampling = Sampling(
-            n=self.config.samples_per_prompt,
-            max_tokens=self.config.max_tokens,
-            temperature=self.config.temperature,
-        )
-        groups = self.pool.generate(prompts, sampling)
-        samples: list[Sample] = []
-        rewards: list[float] = []
-        for text, prompt, group in zip(texts, prompts, groups, strict=True):
-            earned = [self.task.reward(text, self._text(completion.token_ids)) for completion in group]
-            rewards += earned
-            samples += [
-                Sample(prompt, completion.token_ids, completion.logprobs, advantage)
-                for completion, advantage in zip(group, group_advantages(earned), strict=True)
-            ]
-        oldest = min(completion.versions[0] for group in groups for completion in group)
-        return Rollout(samples, self.trainers.mean(sum(rewards) / len(rewards)), oldest)
+        self.dropped = 0
+        self.report.add(record)
 
     @torch.no_grad()
-    def agreement(self, samples: list[Sample]) -> float:
+    def agreement(self, samples: list[Sample]) -> float | None:
         """Largest difference between the engines' log-probability of a sampled token and this policy's own.
 
-        Raises `AgreementError` on all trainers when it is more than the tolerance. Collective.
+        Over the samples that are wholly of this policy's version; None if no trainer has one. Raises
+        `AgreementError` on all trainers when it is more than the tolerance. Collective.
         """
+        version = self.broadcaster.version
+        if not self.trainers.max(any(sample.oldest_version >= version for sample in samples)):
+            return None
         differences = [
-            max_logprob_diff(self._logprobs(self.model, batch)[0], batch) for batch in self._minibatches(samples)
+            max_logprob_diff(self._logprobs(self.model, batch)[0], batch, version=version)
+            for batch in self._minibatches(samples)
         ]
         # Not a number agrees with nothing, and Python's max would lose it.
         difference = self.trainers.max(max(value if value == value else math.inf for value in differences))
@@ -153,7 +138,7 @@ class Grpo:
         if not difference <= self.tolerance or difference == math.inf:
             raise AgreementError(
                 f"engine and trainer log-probabilities differ by {difference:.2e}, more than {self.tolerance:.0e}: "
-                f"the engines' weights are not the trainer's version {self.broadcaster.version}"
+                f"the engines' weights are not the trainer's version {version}"
             )
         return difference
 
@@ -196,9 +181,13 @@ class Grpo:
         for index in range(count):
             yield make_batch(samples[index::count], pad_id=self.pad_id, device=self.trainers.device)
 
-    def _text(self, token_ids: list[int]) -> str:
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
-
     def _load(self, folder: str) -> nn.Module:
         model = cast(nn.Module, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
         return model.to(self.trainers.device)
+
+
+def mode_of(config: GrpoConfig) -> Mode:
+    """What the settings say of overlap."""
+    if config.mode == "async":
+        return async_(max_staleness=config.max_staleness, stale=config.stale)
+    return {"on_policy": on_policy, "one_step_off": one_step_off}[config.mode]()

@@ -1,8 +1,10 @@
 """A pool of vLLM engines that trainer ranks generate with and push weights to."""
 
 from rollcast.rollout.config import RolloutConfig
-from rollcast.rollout.errors import EngineError, PreflightError, RollcastError, SyncError
+from rollcast.rollout.errors import EngineError, OrchestratorError, PreflightError, RollcastError, SyncError
 from rollcast.rollout.job import Job, join
+from rollcast.rollout.modes import Mode, async_, on_policy, one_step_off
+from rollcast.rollout.orchestrator import Orchestrator, Outcome
 from rollcast.rollout.pool import Pool
 from rollcast.rollout.records import Completion, Sampling
 from rollcast.rollout.sync import PoolBroadcaster
@@ -11,6 +13,10 @@ __all__ = [
     "Completion",
     "EngineError",
     "Job",
+    "Mode",
+    "Orchestrator",
+    "OrchestratorError",
+    "Outcome",
     "Pool",
     "PoolBroadcaster",
     "PreflightError",
@@ -18,5 +24,8 @@ __all__ = [
     "RolloutConfig",
     "Sampling",
     "SyncError",
+    "async_",
     "join",
+    "on_policy",
+    "one_step_off",
 ]

@@ -15,3 +15,7 @@ class EngineError(RollcastError):
 
 class SyncError(RollcastError):
     """A sync failed: no engine got the new version. The next sync sends everything again."""
+
+
+class OrchestratorError(RollcastError):
+    """Another trainer rank's generate or train failed, in its own words, or the ranks or engines are out of step."""

@@ -4,7 +4,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,8 +15,11 @@ from torch import nn
 from rollcast.comm import Deadline, open_source
 from rollcast.comm.agree import Agreement
 from rollcast.comm.group import reachable_host
+from rollcast.rollout.background import Batch
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.leader import idle, lead
+from rollcast.rollout.modes import Mode
+from rollcast.rollout.orchestrator import Orchestrator
 from rollcast.rollout.pool import Pool
 from rollcast.rollout.preflight import Card, describe, preflight
 from rollcast.rollout.roster import Roster
@@ -43,6 +46,7 @@ class Job:
     _agreement: Agreement | None
     _stack: ExitStack
     _broadcasters: list[PoolBroadcaster] = field(default_factory=list)
+    _orchestrators: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def is_trainer(self) -> bool:
@@ -100,6 +104,39 @@ class Job:
         self._broadcasters.append(broadcaster)
         self._stack.callback(broadcaster.close)
         return broadcaster
+
+    def orchestrator(
+        self,
+        mode: Mode,
+        *,
+        generate: Callable[[int], Batch],
+        train: Callable[[Batch], None],
+        sync: Callable[[int], object],
+        dropped: Callable[[Batch], None] = lambda batch: None,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Orchestrator[Batch]:
+        """What calls these on every trainer rank in step, see `Orchestrator`. Trainer ranks only, not collective.
+
+        `generate(batch)` returns what this rank made of a batch, numbered from 0. `train(batch)` and
+        `dropped(batch)` are handed it, `sync(version)` has the broadcaster sync. `waiting()` is entered while there
+        is nothing to do but wait for generation. A run that fails while requests are under way closes the pool.
+        """
+        pool, agreement = self.pool, self._agreement
+        assert agreement is not None
+        return Orchestrator(
+            mode,
+            generate=generate,
+            train=train,
+            sync=sync,
+            dropped=dropped,
+            waiting=waiting,
+            cancel=pool.close,
+            agreement=agreement,
+            rank=self.trainer_rank,
+            name=f"orchestrator/{next(self._orchestrators)}",
+            version=lambda: self._broadcasters[-1].version if self._broadcasters else 0,
+            timeout_s=self.config.trainer_timeout_s,
+        )
 
 
 @contextmanager

@@ -111,6 +111,13 @@ def test_without_rank_0_there_is_no_verdict(ranks: Ranks) -> None:
     assert "rank 1 did not come" in ranks.start(say, 0, "topic", "here").result(LONG_S)
 
 
+@pytest.mark.parametrize("leaver", range(SIZE))
+def test_a_rank_that_leaves_waits_for_nobody_and_everybody_hears_its_word(ranks: Ranks, leaver: int) -> None:
+    ranks.agreements[leaver].leave("topic", "gone")
+    told = [ranks.start(say, rank, "topic", "") for rank in range(SIZE) if rank != leaver]
+    assert [future.result(LONG_S).strip("|") for future in told] == ["gone"] * 2
+
+
 def test_a_late_rank_is_told_the_same_and_the_next_topic_is_in_step(ranks: Ranks) -> None:
     early = [ranks.start(say, rank, "first", "here", 0.3) for rank in (0, 1)]
     verdict = "trainer rank 2 did not come within 0.3 s"

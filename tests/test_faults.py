@@ -62,9 +62,10 @@ def test_an_engine_that_does_not_start_shows_its_last_words(tmp_path: Path) -> N
     assert "no-such-quantization" in job.output
 
 
-@pytest.mark.parametrize("whole_group", [False, True])
-def test_ctrl_c_ends_every_process_within_ten_seconds(tmp_path: Path, whole_group: bool) -> None:
-    job = TorchrunJob("-m", "rollcast.launch.grpo", "--steps", "10000", ranks=2, cwd=tmp_path)
+@pytest.mark.parametrize(("whole_group", "mode"), [(False, "on_policy"), (True, "on_policy"), (True, "async")])
+def test_ctrl_c_ends_every_process_within_ten_seconds(tmp_path: Path, whole_group: bool, mode: str) -> None:
+    flags = ["--steps", "10000", "--mode", mode]
+    job = TorchrunJob("-m", "rollcast.launch.grpo", *flags, ranks=2, cwd=tmp_path)
     if whole_group:
         job.wait_for("step   1", timeout_s=200)
     else:  # while the engine starts

@@ -66,10 +66,10 @@ def samples(model: nn.Module) -> list[Sample]:
     made: list[Sample] = []
     for index, (prompt, completion) in enumerate([(1, 1), (3, 5), (6, 2), (2, 8), (5, 3)]):
         ids = torch.randint(1, VOCABULARY, (prompt + completion,)).tolist()
-        own = [token.logprob.item() for token in oracle(model, [Sample(ids[:prompt], ids[prompt:], [], 0.0)])]
+        own = [token.logprob.item() for token in oracle(model, [Sample(ids[:prompt], ids[prompt:], [], 0.0, 0)])]
         noise = (torch.randn(completion) * 0.4).tolist()
         engine = [logprob + offset for logprob, offset in zip(own, noise, strict=True)]
-        made.append(Sample(ids[:prompt], ids[prompt:], engine, (-1.3, 0.7, 2.0, -0.4, 1.1)[index]))
+        made.append(Sample(ids[:prompt], ids[prompt:], engine, (-1.3, 0.7, 2.0, -0.4, 1.1)[index], index))
     return made
 
 
@@ -178,9 +178,21 @@ def test_largest_difference_counts_sampled_tokens_only(model: nn.Module, samples
         logprobs = token_logprobs(model, batch, temperature=1.0)[0]
         tokens = list(oracle(model, samples))
     gaps = [abs(token.logprob.item() - samples[token.row].logprobs[token.position]) for token in tokens]
-    assert max_logprob_diff(logprobs, batch) == pytest.approx(max(gaps), abs=1e-5)
+    assert max_logprob_diff(logprobs, batch, version=0) == pytest.approx(max(gaps), abs=1e-5)
     elsewhere = torch.where(batch.completion_mask == 0, logprobs - 50.0, logprobs)
-    assert max_logprob_diff(elsewhere, batch) == pytest.approx(max(gaps), abs=1e-5)
+    assert max_logprob_diff(elsewhere, batch, version=0) == pytest.approx(max(gaps), abs=1e-5)
+
+
+@pytest.mark.parametrize("version", range(6))
+def test_largest_difference_leaves_out_samples_with_older_tokens(
+    model: nn.Module, samples: list[Sample], version: int
+) -> None:
+    batch = batch_of(samples)
+    with torch.no_grad():
+        logprobs = token_logprobs(model, batch, temperature=1.0)[0]
+        tokens = [token for token in oracle(model, samples) if samples[token.row].oldest_version >= version]
+    gaps = [abs(token.logprob.item() - samples[token.row].logprobs[token.position]) for token in tokens]
+    assert max_logprob_diff(logprobs, batch, version=version) == pytest.approx(max(gaps, default=0.0), abs=1e-5)
 
 
 def test_padding_never_poisons_the_loss(samples: list[Sample]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def record(step: int) -> StepRecord:
         reward=0.1 * step,
         logprob_max_diff=1e-6 * (step + 1),
         staleness_max=step % 2,
+        samples_dropped=16 * (step % 2),
         policy_version=step + 1,
         tokens=64,
         tokens_per_s=100.0 + step,
@@ -44,7 +46,7 @@ def run_report(folder: Path, *, main: bool = True, terminal: bool = False) -> tu
     """A report and what it prints."""
     shown = StringIO()
     console = Console(file=shown, force_terminal=terminal, width=100)
-    return RunReport(folder, {"steps": 3, "clip": 0.2}, {"torch": "2.x"}, 3, console, main), shown
+    return RunReport(folder, {"steps": 3, "mode": "async"}, {"torch": "2.x"}, 3, console, main), shown
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def test_report_holds_config_versions_and_every_step(tmp_path: Path, terminal: b
         report.final = {"reward": 0.9}
     written = read(tmp_path / "new")
     assert (written["status"], written["final"]) == ("ok", {"reward": 0.9})
-    assert (written["config"], written["versions"]) == ({"steps": 3, "clip": 0.2}, {"torch": "2.x"})
+    assert (written["config"], written["versions"]) == ({"steps": 3, "mode": "async"}, {"torch": "2.x"})
     assert [step["step"] for step in written["steps"]] == [0, 1, 2]
     last = written["steps"][2]
     assert last["reward"] == pytest.approx(0.2)
@@ -69,7 +71,18 @@ def test_report_holds_config_versions_and_every_step(tmp_path: Path, terminal: b
     assert last["phase_s"] == {"generate": 0.3, "sync": 0.1}
     assert last["sync"]["version"] == 3
     assert last["sync"]["phases_s"]["total"] == pytest.approx(0.03)
+    assert (written["mode"], written["staleness_max"], written["samples_dropped"]) == ("async", 1, 16)
     assert "report.json" in shown.getvalue().replace("\n", "")
+    assert "at most 1 versions, 16 dropped" in shown.getvalue()
+
+
+def test_a_step_without_a_sample_of_the_newest_version_compares_nothing(tmp_path: Path) -> None:
+    report, shown = run_report(tmp_path)
+    with report:
+        report.add(replace(record(0), logprob_max_diff=None))
+        report.add(record(1))
+    assert [step["logprob_max_diff"] for step in read(tmp_path)["steps"]] == [None, 2e-6]
+    assert "2.0e-06" in shown.getvalue()
 
 
 def test_every_step_is_one_line_of_a_log(tmp_path: Path) -> None:

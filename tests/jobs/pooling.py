@@ -56,10 +56,11 @@ def facts(job: rollcast.Job) -> dict[str, Any]:
 
 def until(act: Callable[[], Any], met: Callable[[Any], bool]) -> Any:
     """What `act` finds, again if it came too late for what it was to meet: a busy machine may stop this process."""
+    found = act()
     for _ in range(8):
-        found = act()
         if met(found):
             break
+        found = act()
     return found
 
 

@@ -1,0 +1,28 @@
+"""The main job with old weights in its third sync, on purpose (run by torchrun, flags as the main job's)."""
+
+import copy
+import sys
+
+from rollcast.comm import SyncReport
+from rollcast.launch import grpo
+from rollcast.launch.trainer import Grpo
+
+
+class Forgetful(Grpo):
+    """Pushes version 2 as version 3."""
+
+    def sync(self, *, version: int) -> SyncReport:
+        newest = copy.deepcopy(self.model.state_dict())
+        if version == 3:
+            self.model.load_state_dict(self.pushed)
+        self.pushed = newest
+        report = super().sync(version=version)
+        self.model.load_state_dict(newest)
+        return report
+
+
+if __name__ == "__main__":
+    import rollcast.launch.trainer as trainer
+
+    trainer.Grpo = Forgetful
+    sys.exit(grpo.main())
