@@ -152,6 +152,8 @@ def test_an_error_ends_what_is_generated_meanwhile(where: str) -> None:
 @pytest.mark.parametrize("where", ["waiting", "training"])
 def test_ctrl_c_ends_the_run(where: str) -> None:
     job = Rehearsal(1)
+    # Where the tests run in the background, it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     stuck = 0 if where == "waiting" else 1
     job.hooks["generate"] = lambda rank, batch: expect(batch != stuck or job.cancelled.wait(LONG_S))

@@ -89,11 +89,11 @@ def failure(future: Future[Reply]) -> str:
     return str(error)
 
 
-def test_prompts_are_shared_out_and_answers_put_back_in_order(pool: Pool, peers: list[Peer]) -> None:
+def test_every_prompt_is_answered_in_its_place(pool: Pool, peers: list[Peer]) -> None:
     prompts = [[1] * length for length in (5, 1, 4, 2, 3)]
     groups = pool.generate(prompts, Sampling())
     assert [group[0].token_ids for group in groups] == [[5], [1], [4], [2], [3]]
-    assert sorted(len(peer.prompts) for peer in peers) == [2, 3]
+    assert sorted(len(prompt) for peer in peers for prompt in peer.prompts) == [1, 2, 3, 4, 5]
 
 
 def test_requests_and_tokens_are_counted_by_engine(pool: Pool) -> None:

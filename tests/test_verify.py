@@ -61,7 +61,7 @@ def test_a_flipped_bit_in_a_shadow_leaves_the_old_weights_serving(facts: dict[st
 
 def test_a_sleeping_engine_says_what_to_do(facts: dict[str, Any]) -> None:
     sync, generate = facts["asleep"]
-    assert "engine 0 sleeps: its weights cannot be updated before wake_up" in sync
+    assert "engine 0 sleeps: its weights cannot be updated before pool.wake_up" in sync
     assert generate == facts["half awake"] == "engine 0 sleeps: call pool.wake_up() first"
     assert facts["awake"] == [7, False, 1]
     assert "dropped its weights in sleep(level=2): wake it up and sync" in facts["dropped"]
