@@ -85,7 +85,6 @@ class TestOneVersion:
 def test_with_two_versions_requests_stay_with_theirs_for_one_sync(tmp_path: Path) -> None:
     facts = run(tmp_path, "lora.py", "1", "2", ranks=2)
     check_syncs(facts)
-    assert any(len(spans) == 2 for spans, *_ in facts["in flight"])
     for spans, before, *behind in facts["in flight"]:
         # Nothing of version 4, whose slot is the other one.
         versions = [version for version, _ in spans]

@@ -113,13 +113,15 @@ def is_of(whole: torch.Tensor, shards: list[torch.Tensor]) -> bool:
 def in_flight(job: rollcast.Job, broadcaster: rollcast.PoolBroadcaster, model: Any) -> list[list[Any]]:
     """Requests that two syncs meet half way: their spans, and how far each span is from its version's model."""
     models = {3: copy.deepcopy(model)}
+    for version in (4, 5):
+        train(model, seed=version, steps=1)
+        models[version] = copy.deepcopy(model)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(job.pool.generate, PROMPTS[:2], LONG)
         for version in (4, 5):
             # On its way, and far from done.
-            time.sleep(0.2)
-            train(model, seed=version, steps=1)
-            models[version] = copy.deepcopy(model)
+            time.sleep(0.1)
+            model.load_state_dict(models[version].state_dict())
             broadcaster.sync(version=version)
         groups = running.result()
     return [
