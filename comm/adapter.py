@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from rollcast.comm.params import Manifest
-from rollcast.comm.source import Weights, WeightSource, plain_name, unwrapped
+from rollcast.comm.source import Weights, WeightSource, full, plain_name, unwrapped
 
 PEFT_LEVELS = "base_model.model."
 # Ways to start an adapter that leave the base weights as they are; the others (PiSSA, OLoRA, ...) change them.
@@ -50,7 +49,7 @@ class LoraLayer:
 
     def delta(self) -> torch.Tensor:
         """B @ A times the scaling, in the layout of the layer's weight. Collective if they are sharded."""
-        product = (full(self.b) @ full(self.a)) * self.scaling
+        product = (full(self.b.detach()) @ full(self.a.detach())) * self.scaling
         return product.T if getattr(self.module, "fan_in_fan_out", False) else product
 
 
@@ -165,12 +164,6 @@ def lora_layers(model: nn.Module, *, adapter: str | None, folded: bool) -> list[
 def base_name(name: str) -> str:
     """The name of a base weight in the model without peft."""
     return name.removeprefix(PEFT_LEVELS).replace(".base_layer.", ".")
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor. Collective if it is sharded."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _is_adapters(name: str) -> bool:

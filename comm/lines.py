@@ -4,10 +4,8 @@ import socket
 
 from torch import distributed as dist
 
+from rollcast.comm.cuda import ASK_S
 from rollcast.comm.deadline import Deadline
-
-# How often a wait for a peer asks whether anybody is there.
-ASK_S = 0.25
 
 
 def listen(store: dist.Store, size: int, deadline: Deadline) -> list[socket.socket]:

@@ -57,8 +57,7 @@ class WeightSource:
             raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
         tensors = self._tensors
         for param in order:
-            tensor = tensors[param]
-            yield param, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield param, full(tensors[param])
 
     def current(self) -> Manifest:
         """The manifest of the weights as they are now. Not collective."""
@@ -126,6 +125,11 @@ def unwrapped(module: nn.Module) -> Any:
         if inner is None:
             return module
         module = inner
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor. Collective if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _places_of(weights: Weights, tensors: Sequence[torch.Tensor]) -> Places | None:

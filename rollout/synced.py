@@ -38,9 +38,8 @@ class SyncedWorker:
         Returns "phases_s" and "tokens": of each request, how many are of the old weights.
 
         `digests` are those of the lanes of the engine's workers; `slot` is where an adapter goes; with `unchanged`
-        no tensor may change. On any
-        failure the worker leaves the group, which makes the sender fail at once, and the parameters are a mixture
-        until a later sync succeeds.
+        no tensor may change. On any failure the worker leaves the group, which makes the sender fail at once, and the
+        parameters are a mixture until a later sync succeeds.
         """
         timer, deadline = PhaseTimer(), Deadline(timeout_s)
         with self._rollcast_leaving(), self._rollcast_after_steps(deadline, timer) as (gate, stream):

@@ -30,11 +30,3 @@ def train(model: Any, *, seed: int, steps: int = 3) -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def logprobs(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    """Of each token behind the prompt, by one forward of the model's own."""
-    every = torch.tensor([prompt + tokens])
-    with torch.no_grad():
-        found = model(input_ids=every).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
-    return found.gather(1, every[0, len(prompt) :, None])[:, 0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torchrun import JOBS, TorchrunJob, run_job
+from torchrun import TorchrunJob, run_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollcast.launch.task import CHARACTERS
@@ -32,10 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def facts(model: Path) -> dict[str, Any]:
-    report = model.parent / "facts.json"
-    done = run_job(JOBS / "front_door.py", model, report, ranks=3, cwd=model.parent, timeout_s=250)
-    assert done.code == 0, done.output
-    return json.loads(report.read_text())
+    return run_facts("front_door.py", model.parent, ranks=3, timeout_s=250)
 
 
 def test_a_chat_is_answered_as_transformers_would(facts: dict[str, Any], model: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import build
 from test_exact import check_equal, fresh_engine, synced_facts
-from torchrun import JOBS, run_job
+from torchrun import JOBS, run_facts, run_job
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -24,11 +24,9 @@ def needs_gpus(count: int) -> Callable[[Any], Any]:
     return lambda test: mark(skip(test))
 
 
-def run_facts(job: str, folder: Path, *arguments: str) -> dict[str, Any]:
+def facts_of(job: str, folder: Path, *arguments: str) -> dict[str, Any]:
     build("untied").save_pretrained(folder / "model")
-    done = run_job(JOBS / job, folder / "model", folder / "facts.json", *arguments, ranks=2, cwd=folder, timeout_s=300)
-    assert done.code == 0, done.output
-    return json.loads((folder / "facts.json").read_text())
+    return run_facts(job, folder, *arguments, ranks=2, timeout_s=300)
 
 
 def run_grpo(tmp_path: Path, *flags: str) -> dict[str, Any]:
@@ -77,7 +75,7 @@ def test_a_synced_engine_equals_a_fresh_one_on_gpus(tmp_path: Path, transport: s
 @needs_gpus(2)
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_an_engine_with_cuda_graphs_serves_what_was_sent(tmp_path: Path, transport: str) -> None:
-    facts = run_facts("on_gpus.py", tmp_path, transport)
+    facts = facts_of("on_gpus.py", tmp_path, transport)
     for groups in facts["served"]:
         assert all(tokens == expected for tokens, expected in groups), "transformers' greedy tokens"
     for version, requests in enumerate(facts["in flight"], start=1):
@@ -91,7 +89,7 @@ def test_an_engine_with_cuda_graphs_serves_what_was_sent(tmp_path: Path, transpo
 
 @needs_gpus(1)
 def test_trainer_and_engine_share_a_gpu(tmp_path: Path) -> None:
-    facts = run_facts("colocated.py", tmp_path)
+    facts = facts_of("colocated.py", tmp_path)
     for groups in facts["served"]:
         assert all(tokens == expected for tokens, expected in groups), "transformers' greedy tokens"
     for awake, asleep in facts["used"]:

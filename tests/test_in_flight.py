@@ -1,11 +1,10 @@
 """Requests that a sync meets half way, and the pool's and broadcaster's refusals."""
 
-import json
 from typing import Any
 
 import pytest
 from models import build
-from torchrun import JOBS, run_job
+from torchrun import run_facts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -16,9 +15,7 @@ LENGTH = 900
 def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("in_flight")
     build("untied").save_pretrained(folder / "model")
-    done = run_job(JOBS / "in_flight.py", folder / "model", folder / "facts.json", ranks=2, cwd=folder, timeout_s=200)
-    assert done.code == 0, done.output
-    return json.loads((folder / "facts.json").read_text())
+    return run_facts("in_flight.py", folder, ranks=2, timeout_s=200)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """Adapters of a peft model in real engines: log-probabilities are peft's own, and base weights stay as they are."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from models import build
-from torchrun import JOBS, run_job
+from torchrun import run_facts
 
 from rollcast.rollout.lora import RANKS, accepted_rank, accepted_ranks
 
@@ -17,10 +16,7 @@ TOLERANCE = 1e-4
 
 def run(folder: Path, job: str, *arguments: str, ranks: int) -> dict[str, Any]:
     build("untied").save_pretrained(folder / "model")
-    report = folder / "facts.json"
-    done = run_job(JOBS / job, folder / "model", report, *arguments, ranks=ranks, cwd=folder, timeout_s=280)
-    assert done.code == 0, done.output
-    return json.loads(report.read_text())
+    return run_facts(job, folder, *arguments, ranks=ranks, timeout_s=280)
 
 
 def check_syncs(facts: dict[str, Any]) -> None:

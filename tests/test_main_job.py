@@ -66,7 +66,7 @@ def test_two_trainers_and_two_engines_learn(tmp_path: Path) -> None:
 
 
 def test_generation_goes_on_while_training_runs(tmp_path: Path) -> None:
-    flags = ["--mode", "async", "--max-staleness", "2", "--steps", "20"]
+    flags = ["--mode", "async", "--max-staleness", "2", "--steps", "40"]
     done, report = run_grpo(tmp_path, *flags)
     assert done.code == 0, done.output
     check_agreement(report, staleness=2)

@@ -1,16 +1,15 @@
 """Single requests: streams, priorities, ids, conversations, prompts' own log-probabilities; where prompts go."""
 
-import json
 import random
 from typing import Any
 
 import pytest
 from models import build
-from torchrun import JOBS, run_job
+from torchrun import run_facts
 
 from rollcast.rollout.routing import BLOCK_TOKENS, Router
 
-LONG = 900
+LONG = 300
 KV_BLOCK_TOKENS = 32
 
 
@@ -18,9 +17,7 @@ KV_BLOCK_TOKENS = 32
 def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("pooling")
     build("untied").save_pretrained(folder / "model")
-    done = run_job(JOBS / "pooling.py", folder / "model", folder / "facts.json", ranks=3, cwd=folder, timeout_s=250)
-    assert done.code == 0, done.output
-    return json.loads((folder / "facts.json").read_text())
+    return run_facts("pooling.py", folder, ranks=3, timeout_s=250)
 
 
 def vllm(test: Any) -> Any:

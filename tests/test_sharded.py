@@ -1,12 +1,11 @@
 """Two workers of one engine: the trainer's mistakes, damage on one lane, and weights that vLLM moves meanwhile."""
 
-import json
 import re
 from typing import Any
 
 import pytest
 from models import build
-from torchrun import JOBS, run_job
+from torchrun import run_facts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -24,11 +23,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("sharded")
     build("tied").save_pretrained(folder / "model")
     (folder / "fault").write_text("")
-    arguments = (JOBS / "sharded.py", folder / "model", folder / "facts.json")
-    environ = {"FAULT_FILE": str(folder / "fault")}
-    done = run_job(*arguments, ranks=3, cwd=folder, timeout_s=300, env=environ)
-    assert done.code == 0, done.output
-    return json.loads((folder / "facts.json").read_text())
+    return run_facts("sharded.py", folder, ranks=3, timeout_s=300, env={"FAULT_FILE": str(folder / "fault")})
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

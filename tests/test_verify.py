@@ -1,11 +1,10 @@
 """Weights that are provably the ones sent: self-test, checksums, comparison, and nothing that grows."""
 
-import json
 from typing import Any
 
 import pytest
 from models import build
-from torchrun import JOBS, run_job
+from torchrun import run_facts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -17,17 +16,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("verify")
     build("tied").save_pretrained(folder / "model")
     (folder / "fault").write_text("")
-    done = run_job(
-        JOBS / "verify.py",
-        folder / "model",
-        folder / "facts.json",
-        ranks=2,
-        cwd=folder,
-        timeout_s=300,
-        env={"FAULT_FILE": str(folder / "fault")},
-    )
-    assert done.code == 0, done.output
-    return json.loads((folder / "facts.json").read_text())
+    return run_facts("verify.py", folder, ranks=2, timeout_s=300, env={"FAULT_FILE": str(folder / "fault")})
 
 
 def test_a_sync_of_the_same_weights_changes_no_byte(facts: dict[str, Any]) -> None:

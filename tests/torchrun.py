@@ -1,5 +1,6 @@
 """Runs torchrun jobs for tests and sees to it that they leave no process behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -96,3 +98,14 @@ def run_job(
 ) -> Finished:
     """Run a job to its end."""
     return TorchrunJob(*arguments, ranks=ranks, cwd=cwd, env=env).finish(timeout_s=timeout_s)
+
+
+def run_facts(
+    job: str, folder: Path, *arguments: str, ranks: int, timeout_s: float, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run a job of `JOBS` with the model in `folder`; the facts that it has found."""
+    report = folder / "facts.json"
+    places = JOBS / job, folder / "model", report
+    done = run_job(*places, *arguments, ranks=ranks, cwd=folder, timeout_s=timeout_s, env=env)
+    assert done.code == 0, done.output
+    return json.loads(report.read_text())

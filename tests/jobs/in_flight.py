@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from models import build, perturb
+from oracle import distances, said
 
 import rollcast.rollout as rollcast
 
@@ -98,27 +99,10 @@ def around_cut(old: Any, new: Any, prompt: list[int], sample: rollcast.Completio
     return [theirs[:cut].max().item(), theirs[cut].item(), ours[cut:].max().item()]
 
 
-def distances(model: Any, prompt: list[int], sample: rollcast.Completion) -> torch.Tensor:
-    """Of the engine's log-probabilities from the model's own, token by token."""
-    tokens = torch.tensor([prompt + sample.token_ids])
-    with torch.no_grad():
-        logprobs = model(tokens).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
-    ours = logprobs.gather(1, tokens[0, len(prompt) :, None])[:, 0]
-    return (ours - torch.tensor(sample.logprobs)).abs()
-
-
 def after_switch(job: rollcast.Job, model: torch.nn.Module, prompt: list[int]) -> float:
     """Largest difference of log-probabilities between the engine and the trainer's own forward."""
     ((sample,),) = job.pool.generate([prompt], rollcast.Sampling(max_tokens=16, ignore_eos=True))
     return distances(model, prompt, sample).max().item()
-
-
-def said(call: Any) -> str:
-    try:
-        call()
-    except (RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 if __name__ == "__main__":

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters import PROMPTS, RANK, adapted, logprobs, train
+from adapters import PROMPTS, RANK, adapted, train
 from models import build
+from oracle import distances, said
 from torch.nn.functional import pad
 
 import rollcast.rollout as rollcast
 
-LENGTH = 1000
+LENGTH = 300
+STEP_S = 0.01
 MAX_RANK = 16
 # Where vLLM keeps what is trained as the module of this name.
 PLACES = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2), "o_proj": ("o_proj", 0)}
@@ -75,14 +77,10 @@ def distance(job: rollcast.Job, model: Any) -> float:
     """Largest difference of log-probabilities between the engines and the model's own forward."""
     groups = job.pool.generate(PROMPTS, SHORT)
     return max(
-        away(model, prompt, sample).max().item()
+        distances(model, prompt, sample).max().item()
         for prompt, group in zip(PROMPTS, groups, strict=True)
         for sample in group
     )
-
-
-def away(model: Any, prompt: list[int], sample: rollcast.Completion) -> torch.Tensor:
-    return (logprobs(model, prompt, sample.token_ids) - torch.tensor(sample.logprobs)).abs()
 
 
 def misplaced(model: Any, workers: list[dict[str, list]], slot: int) -> list[str]:
@@ -116,11 +114,13 @@ def in_flight(job: rollcast.Job, broadcaster: rollcast.PoolBroadcaster, model: A
     for version in (4, 5):
         train(model, seed=version, steps=1)
         models[version] = copy.deepcopy(model)
+    job.pool.call_workers("slow_down", STEP_S)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(job.pool.generate, PROMPTS[:2], LONG)
         for version in (4, 5):
-            # On its way, and far from done.
-            time.sleep(0.1)
+            time.sleep(0.2)
+            # Others that are sent later have been answered: these are on their way.
+            job.pool.generate(PROMPTS[2:], SHORT)
             model.load_state_dict(models[version].state_dict())
             broadcaster.sync(version=version)
         groups = running.result()
@@ -132,7 +132,7 @@ def in_flight(job: rollcast.Job, broadcaster: rollcast.PoolBroadcaster, model: A
 
 def first_spans(models: dict[int, Any], prompt: list[int], sample: rollcast.Completion) -> list[float]:
     """Of the tokens of the first version: the distance from it, and that of the token behind them, if any."""
-    differences = away(models[sample.spans[0][0]], prompt, sample)
+    differences = distances(models[sample.spans[0][0]], prompt, sample)
     end = sample.spans[1][1] if len(sample.spans) > 1 else len(sample.token_ids)
     return [differences[:end].max().item(), *differences[end : end + 20].tolist()]
 
@@ -157,14 +157,6 @@ def refusals(job: rollcast.Job) -> dict[str, str]:
 
 def sync(job: rollcast.Job, model: Any) -> None:
     job.broadcaster(model).sync(version=1)
-
-
-def said(call: Any) -> str:
-    try:
-        call()
-    except (RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 if __name__ == "__main__":

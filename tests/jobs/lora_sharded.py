@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from adapters import adapted
-from lora import distance, said
+from lora import distance
 from models import build
+from oracle import said
 from torch import distributed as dist
 
 import rollcast.rollout as rollcast

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from exact import greedy_tokens
-from in_flight import distances
 from models import build, perturb
+from oracle import distances, said
 
 import rollcast.rollout as rollcast
 
-LONG = 900
+LONG = 300
+STEP_S = 0.01
 GREEDY = rollcast.Sampling(temperature=0.0, max_tokens=40, ignore_eos=True)
 ENDLESS = rollcast.Sampling(max_tokens=LONG, ignore_eos=True)
 
@@ -27,7 +28,12 @@ ENDLESS = rollcast.Sampling(max_tokens=LONG, ignore_eos=True)
 def main() -> None:
     folder, report = sys.argv[1], Path(sys.argv[2])
     config = rollcast.RolloutConfig(
-        model=folder, enforce_eager=True, log_dir=folder, max_num_seqs=4, engine_args={"block_size": 32}
+        model=folder,
+        enforce_eager=True,
+        log_dir=folder,
+        max_num_seqs=4,
+        engine_args={"block_size": 32},
+        worker_extension_cls="slow_worker.SlowWorker",
     )
     with rollcast.join(config) as job:
         if job.is_trainer:
@@ -40,6 +46,7 @@ def facts(job: rollcast.Job) -> dict[str, Any]:
     # Later syncs are soon over.
     broadcaster.self_test()
     pool = job.pool
+    pool.call_workers("slow_down", STEP_S)
     return {
         "greedy": greedy_tokens(model, [5, 6, 7], 40),
         "streamed": asyncio.run(streamed(pool, [5, 6, 7], GREEDY)),
@@ -93,10 +100,11 @@ def settled(pool: rollcast.Pool) -> int:
 
 
 def started(pool: rollcast.Pool, count: int) -> None:
-    """Wait until so many requests are under way, and a little."""
-    while under_way(pool) < count:
+    """Wait until so many requests are under way, and a little; no longer than they take."""
+    end = time.monotonic() + LONG * STEP_S
+    while under_way(pool) < count and time.monotonic() < end:
         time.sleep(0.005)
-    time.sleep(0.03)
+    time.sleep(0.1)
 
 
 def ended(pool: rollcast.Pool) -> str:
@@ -186,14 +194,6 @@ def queued(pool: rollcast.Pool, broadcaster: rollcast.PoolBroadcaster, model: An
     perturb(model, seed=2)
     broadcaster.sync(version=broadcaster.version + 1)
     return [[its.versions, distances(model, prompt, its).max().item()] for its in running.result()]
-
-
-def said(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except (RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 if __name__ == "__main__":
