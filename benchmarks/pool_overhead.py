@@ -1,9 +1,9 @@
 """What the pool costs: tokens a second of one engine through it, against vLLM's own `LLM.generate` in the same run.
 
-    python benchmarks/pool_overhead.py [--requests 64] [--max-tokens 128] [--model FOLDER] [--json FILE]
+    python benchmarks/pool_overhead.py [--requests 64] [--max-tokens 128] [--shape qwen3-0.6b] [--json FILE]
 
-Both have an engine of their own with the same settings, and the same requests, in turn. Without `--model`, a tiny one
-with random weights: the worst case, for its steps are short. The last line is one JSON document.
+Both have an engine of their own with the same settings and random weights, and the same requests, in turn. Without
+`--shape`, a tiny model: the worst case, for its steps are short. The last line is one JSON document.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from latency_models import SHAPES, write_config
 from machine_card import commit, cpu_card, gpu_card
 
 HERE = Path(__file__).parent
@@ -40,8 +41,15 @@ def main(argv: list[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Start the job; what it has found."""
     with tempfile.TemporaryDirectory() as name:
-        model = options.model or tiny_model(Path(name, "model"))
-        flags = ["--model", model, "--requests", str(options.requests), "--max-tokens", str(options.max_tokens)]
+        write_config(options.shape, Path(name, "model"))
+        flags = [
+            "--model",
+            f"{name}/model",
+            "--requests",
+            str(options.requests),
+            "--max-tokens",
+            str(options.max_tokens),
+        ]
         flags += ["--rounds", str(options.rounds), "--out", f"{name}/found.json", *["--eager"] * options.eager]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         environ = {"OMP_NUM_THREADS": "1"} | os.environ
@@ -62,14 +70,6 @@ def card() -> dict[str, Any]:
     return cpu_card() | (gpu_card(usable_gpus()[:2]) if torch.cuda.device_count() else {})
 
 
-def tiny_model(folder: Path) -> str:
-    from rollcast.launch.task import CHARACTERS
-    from rollcast.launch.tiny import write_tiny_model
-
-    write_tiny_model(folder, characters=CHARACTERS, seed=0)
-    return str(folder)
-
-
 def prompts_of(options: argparse.Namespace) -> list[list[int]]:
     return [[3 + (index + place) % 20 for place in range(8)] for index in range(options.requests)]
 
@@ -78,7 +78,9 @@ def run_rank(options: argparse.Namespace) -> None:
     """Rank 0 times both sides in turn; rank 1 is the pool's engine."""
     import rollcast.rollout as rollcast
 
-    config = rollcast.RolloutConfig(model=options.model, enforce_eager=options.eager, gpu_memory_utilization=0.4)
+    config = rollcast.RolloutConfig(
+        model=options.model, load_format="dummy", enforce_eager=options.eager, gpu_memory_utilization=0.4
+    )
     with rollcast.join(config) as job:
         if not job.is_trainer:
             return
@@ -136,6 +138,7 @@ def serve_llm(options: argparse.Namespace) -> None:
 
     llm = LLM(
         options.model,
+        load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=options.eager,
         gpu_memory_utilization=0.4,
@@ -152,13 +155,14 @@ def serve_llm(options: argparse.Namespace) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tokens a second through the pool, and of vLLM's own LLM.generate.")
     add = parser.add_argument
-    add("--model", help="folder of the model; without it a tiny one")
+    add("--shape", choices=SHAPES, default="tiny", help="the model's (tiny)")
     add("--requests", type=int, default=64, metavar="N", help="prompts of a round (64)")
     add("--max-tokens", type=int, default=128, metavar="N", help="of each completion (128)")
     add("--rounds", type=int, default=9, metavar="N", help="timed rounds of both sides, after one that warms up (9)")
     add("--eager", action="store_true", help="engines without torch.compile and CUDA graphs")
     add("--json", type=Path, metavar="FILE", help="write the document to this file")
     add("--llm", action="store_true", help=argparse.SUPPRESS)
+    add("--model", help=argparse.SUPPRESS)
     add("--out", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if min(options.requests, options.max_tokens, options.rounds) < 1:

@@ -148,7 +148,10 @@ def engine_environ(config: RolloutConfig, world: World) -> dict[str, str]:
 
 
 def _cpu_binding(world: World) -> str:
-    """Cores for each worker of this engine: this machine's, shared out evenly among its engine ranks."""
+    """Cores for each worker of this engine: this machine's, shared out evenly among its engine ranks.
+
+    One of each share that has more is left to vLLM's scheduler, which never rests, as vLLM itself does.
+    """
     cores = sorted(os.sched_getaffinity(0))
     first_rank = world.rank - world.local_rank
     engine_ranks = range(max(first_rank, world.trainers), first_rank + world.local_world_size)
@@ -157,7 +160,7 @@ def _cpu_binding(world: World) -> str:
         for index, rank in enumerate(engine_ranks)
         if rank in world.engine_ranks(world.engine)
     ]
-    return "|".join(",".join(map(str, share)) for share in shares)
+    return "|".join(",".join(map(str, share[1:] or share)) for share in shares)
 
 
 def _launch(config: RolloutConfig, world: World) -> Launch:
