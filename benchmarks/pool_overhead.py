@@ -7,13 +7,16 @@ Both have an engine of their own with the same settings and random weights, and 
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from machine_card import commit, cpu_card, gpu_card
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 1800.0
+# vLLM's processes keep their cores busy for a second after a step: the other side must not have to share them.
+REST_S = 1.5
 # torchrun's: vLLM's own processes must not take them for theirs.
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
 
@@ -86,28 +91,41 @@ def run_rank(options: argparse.Namespace) -> None:
             return
         sampling = rollcast.Sampling(max_tokens=options.max_tokens, ignore_eos=True)
         prompts = prompts_of(options)
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN)}
-        with subprocess.Popen(
-            [sys.executable, __file__, "--llm", *sys.argv[1:]],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environ,
-            text=True,
-        ) as llm:
+        with other_side() as llm:
             times: dict[str, list[float]] = {"pool": [], "llm": []}
             for _ in range(1 + options.rounds):
+                time.sleep(REST_S)
                 start = time.perf_counter()
                 groups = job.pool.generate(prompts, sampling)
                 times["pool"].append(time.perf_counter() - start)
                 assert all(len(its.token_ids) == options.max_tokens for group in groups for its in group)
                 times["llm"].append(ask(llm))
-            llm.terminate()
         Path(options.out).write_text(json.dumps(summary(times, options)))
+
+
+@contextlib.contextmanager
+def other_side() -> "Iterator[subprocess.Popen[str]]":
+    """vLLM's own `LLM`, in processes of its own, as many keys and values in memory as the pool's engine has."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN)}
+    environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    with subprocess.Popen(
+        [sys.executable, __file__, "--llm", *sys.argv[1:]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environ,
+        text=True,
+        start_new_session=True,
+    ) as llm:
+        try:
+            yield llm
+        finally:
+            os.killpg(llm.pid, signal.SIGKILL)
 
 
 def ask(llm: "subprocess.Popen[str]") -> float:
     """Let the other side generate once: its seconds."""
+    time.sleep(REST_S)
     assert llm.stdin is not None and llm.stdout is not None
     print("go", file=llm.stdin, flush=True)
     for line in llm.stdout:
