@@ -102,6 +102,7 @@ def rollout_config(config: GrpoConfig, folder: Path) -> RolloutConfig:
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         seed=config.seed,
+        deterministic=config.deterministic,
         pause_mode=config.pause_mode,
         bucket_bytes=config.bucket_mib << 20,
         sync_timeout_s=config.sync_timeout_s,

@@ -55,6 +55,7 @@ class GrpoConfig:
     minibatches: int = 8
     max_grad_norm: float = 1.0
     seed: int = 0
+    deterministic: bool = False
     mode: str = "on_policy"
     max_staleness: int = 2
     stale: str = "complete"
@@ -86,6 +87,8 @@ class GrpoConfig:
             raise ValueError("samples_per_prompt must be at least 2: GRPO compares samples of one prompt")
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must be at least 0, got {self.max_staleness}")
+        if self.deterministic and self.mode != "on_policy":
+            raise ValueError(f"deterministic needs mode on_policy: in mode {self.mode}, what meets what is chance")
         if self.mode == "async" and self.pause_mode == "abort":
             raise ValueError("pause_mode abort would cut off what mode async generates during a sync: keep or wait")
 
@@ -114,6 +117,7 @@ HELP = {
     "minibatches": "optimizer steps in a pass",
     "max_grad_norm": "gradients are scaled down to this norm",
     "seed": "of the initial weights, the prompts and the engines",
+    "deterministic": "the same seed gives the same tokens and the same curve; slower, and for mode on_policy",
     "mode": "what overlaps; on_policy: nothing, one_step_off: a batch is generated while the one before is trained on, "
     "async: generation goes on during training and syncs",
     "max_staleness": "mode async: most versions that a sample may be older than the policy that it trains",
@@ -158,7 +162,7 @@ def parse(argv: Sequence[str] | None = None) -> GrpoConfig:
 
 def _add(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
     flag = "--" + name.replace("_", "-")
-    if name in ("enforce_eager", "self_test"):
+    if name in ("deterministic", "enforce_eager", "self_test"):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=HELP[name])
         return
     kind = {"max_model_len": int, "logprob_tolerance": float}.get(name, str if default is None else type(default))

@@ -1,5 +1,8 @@
 """What the pool is asked for, and what it gives (every process)."""
 
+import operator
+from collections.abc import Sequence
+
 import msgspec
 
 
@@ -50,3 +53,11 @@ class Piece(msgspec.Struct, frozen=True, tag=True):
     """(policy version, index of its first token in this piece)."""
     finish_reason: str | None
     """As in `Completion`; None as long as more will come."""
+
+
+def plain_tokens(prompt: Sequence[int]) -> list[int]:
+    """The token ids as Python's integers. Raises `ValueError` for anything else."""
+    try:
+        return list(map(operator.index, prompt))
+    except TypeError as error:
+        raise ValueError(f"a prompt is a sequence of token ids: {error}") from None

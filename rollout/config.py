@@ -78,6 +78,10 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int | None = None
     """Most sequences that one engine decodes at a time. None: vLLM's default."""
+    deterministic: bool = False
+    """The same seed, model and calls in the same order give the same tokens: every request gets a seed of its own,
+    prompts go to engines in turn, an engine runs one `generate` call at a time, without a prefix cache. Slower. On
+    policy only: a sync that meets requests in flight meets them where it happens to."""
     lora_rank: int | None = None
     """Engines keep their base weights and take LoRA adapters of at most this rank: `job.broadcaster` wants a peft
     model, and sends its A and B alone. None: full weights; a peft model's adapter is folded into them on the way."""
@@ -143,6 +147,8 @@ class RolloutConfig:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise PreflightError(f"{name} must be positive, got {value}")
         one_of("dtype", self.resolved_dtype(), DTYPES)
+        if self.deterministic and self.engine_args.get("enable_prefix_caching"):
+            raise PreflightError("deterministic engines have no prefix cache: leave enable_prefix_caching out")
 
     def model_config(self) -> dict[str, Any]:
         """config.json of the model; the language part where there are several."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rollcast.rollout.batches import Batches
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.records import Completion, Launch
 from rollcast.rollout.requests import Requests, Running
@@ -20,6 +21,7 @@ class Engine:
         self._slots = slots = 0 if launch.lora_rank is None else launch.lora_versions
         self._requests = Requests(llm, index=index, eos_token_ids=launch.eos_token_ids, slots=slots)
         self._scheduling = Scheduling(llm)
+        self._batches = Batches(self._scheduling)
         self.workers = Workers(llm, index=index, count=launch.tensor_parallel_size, slots=slots)
         self.updates = Updates(
             self.workers, self._requests, self._scheduling, index=index, wakes=launch.sync_asleep == "wake"
@@ -56,14 +58,24 @@ class Engine:
         # vLLM asks its processes the first time; later requests then go in without a wait.
         await self._llm.get_supported_tasks()
 
-    async def generate(self, request: Running) -> list[Completion]:
-        """Sample `sampling.n` completions of the prompt, in order."""
+    async def generate(self, request: Running, *, batch: str) -> list[Completion]:
+        """Sample `sampling.n` completions of the prompt, in order: at once, or when its batch is run."""
+        if batch:
+            return await self._batches.take_part(batch, request, self._generate)
+        return await self._generate(request)
+
+    async def run_batch(self, batch: str) -> None:
+        """Run the batch, which is complete, and wait for its end."""
+        await self._batches.run(batch)
+
+    async def _generate(self, request: Running) -> list[Completion]:
         if self._scheduling.asleep:
             raise EngineError(f"engine {self._index} sleeps: call pool.wake_up() first")
         return await self._requests.generate(request)
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests with what they have."""
+        self._batches.abort(request_ids)
         await self._requests.abort(request_ids)
 
     async def sleep(self, level: int) -> None:
@@ -74,6 +86,7 @@ class Engine:
             raise EngineError(f"engine {self._index} is in a sync: let it sleep afterwards")
         # Before anything else: what arrives from now on is refused.
         self._scheduling.fall_asleep()
+        self._batches.abort(None)
         await self._requests.abort()
         await self.workers.call("rollcast_release")
         await self._scheduling.sleep(level)

@@ -22,6 +22,7 @@ from rollcast.rollout.modes import Mode
 from rollcast.rollout.orchestrator import Orchestrator
 from rollcast.rollout.pool import Pool
 from rollcast.rollout.preflight import Card, describe, preflight
+from rollcast.rollout.repeatable import Repeatable
 from rollcast.rollout.roster import Roster
 from rollcast.rollout.sync import PoolBroadcaster
 from rollcast.rollout.world import World, narrow_to_trainers
@@ -120,7 +121,10 @@ class Job:
         `generate(batch)` returns what this rank made of a batch, numbered from 0. `train(batch)` and
         `dropped(batch)` are handed it, `sync(version)` has the broadcaster sync. `waiting()` is entered while there
         is nothing to do but wait for generation. A run that fails while requests are under way closes the pool.
+        Raises `ValueError` for a mode that cannot be deterministic, if that is wanted.
         """
+        if self.config.deterministic and mode.max_staleness:
+            raise ValueError(f"deterministic engines need on_policy(): in {mode.name} mode, what meets what is chance")
         pool, agreement = self.pool, self._agreement
         assert agreement is not None
         return Orchestrator(
@@ -181,7 +185,13 @@ def _train(
     agreement = Agreement(connect(), rank=world.rank, size=world.trainers)
     try:
         addresses = roster.addresses(deadline=Deadline(config.start_timeout_s))
-        pool = Pool(watched, addresses, max_model_len=config.resolved_max_model_len(), rank=world.rank)
+        pool = Pool(
+            watched,
+            addresses,
+            max_model_len=config.resolved_max_model_len(),
+            rank=world.rank,
+            repeatable=Repeatable(config.seed, rank=world.rank) if config.deterministic else None,
+        )
         stack.callback(pool.close)
         if config.metrics_port is not None:
             pool.metrics.serve(config.metrics_port + world.rank)

@@ -180,6 +180,7 @@ def _launch(config: RolloutConfig, world: World) -> Launch:
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_num_seqs=config.max_num_seqs,
         sync_asleep=config.sync_asleep,
+        deterministic=config.deterministic,
         lora_rank=config.lora_rank,
         lora_versions=config.lora_versions,
         engine_args=dict(config.engine_args),

@@ -55,6 +55,11 @@ class Metrics:
         """A sync has failed."""
         self.syncs.labels("failed").inc()
 
+    def under_way(self, engine: int, change: int, *, load: int) -> None:
+        """So many requests more are with an engine, which has so many tokens to compute."""
+        self.requests.labels(engine).inc(change)
+        self.load.labels(engine).set(load)
+
     def finished(self, engine: int, group: Sequence[Completion]) -> None:
         """An engine has answered a request."""
         for completion in group:

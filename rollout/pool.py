@@ -3,12 +3,12 @@
 import asyncio
 import contextlib
 import itertools
-import operator
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from rollcast.rollout.completions import plain_tokens
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.links import Links
 from rollcast.rollout.metrics import Metrics
@@ -26,10 +26,12 @@ from rollcast.rollout.records import (
     Generated,
     Piece,
     Reply,
+    RunBatch,
     Sampling,
     Sleep,
     WakeUp,
 )
+from rollcast.rollout.repeatable import Batch, Repeatable
 from rollcast.rollout.replies import expect
 from rollcast.rollout.roster import Roster
 from rollcast.rollout.routing import Router
@@ -59,12 +61,14 @@ class Pool(Links):
         max_model_len: int,
         rank: int = 0,
         metrics: Metrics | None = None,
+        repeatable: Repeatable | None = None,
     ) -> None:
         self._max_model_len = max_model_len
         self.metrics = metrics or Metrics()
         self._name = uuid.uuid4().hex[:8]
         self._numbers = itertools.count()
-        self._router = Router(len(addresses), first=rank)
+        self._repeatable = repeatable
+        self._router = Router(len(addresses), first=rank, in_turn=repeatable is not None)
         # By request id: the engine that it went to.
         self._owners: dict[str, int] = {}
         super().__init__(roster, addresses)
@@ -89,8 +93,9 @@ class Pool(Links):
             raise ValueError(f"{len(prompts)} prompts need as many request_ids, got {len(ids)}")
         started: dict[str, Future[list[Completion]]] = {}
         try:
-            for prompt, request_id in zip(prompts, ids, strict=True):
-                started[request_id] = self.submit(prompt, sampling, request_id=request_id, priority=priority)
+            with self._batch() as batch:
+                for prompt, request_id in zip(prompts, ids, strict=True):
+                    started[request_id] = self._start(prompt, sampling, request_id, priority=priority, batch=batch)
             return [future.result() for future in started.values()]
         except BaseException:
             # Nobody will take what the others make.
@@ -105,7 +110,8 @@ class Pool(Links):
 
         A future that is cancelled aborts the request.
         """
-        return self._start(prompt, sampling, request_id=request_id, priority=priority)
+        with self._batch() as batch:
+            return self._start(prompt, sampling, request_id or self._new_id(), priority=priority, batch=batch)
 
     async def stream(
         self, prompt: Sequence[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
@@ -125,7 +131,8 @@ class Pool(Links):
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        future = self._start(prompt, sampling, request_id=request_id, priority=priority, on_piece=put)
+        with self._batch() as batch:
+            future = self._start(prompt, sampling, request_id, priority=priority, batch=batch, on_piece=put)
         future.add_done_callback(lambda _: put(None))
         try:
             while (piece := await pieces.get()) is not None:
@@ -184,22 +191,27 @@ class Pool(Links):
         self,
         prompt: Sequence[int],
         sampling: Sampling,
+        request_id: str,
         *,
-        request_id: str | None,
         priority: int,
+        batch: Batch | None,
         on_piece: Callable[[Piece], None] | None = None,
     ) -> "Future[list[Completion]]":
         prompt = plain_tokens(prompt)
         check_prompts([prompt], max_model_len=self._max_model_len)
-        request_id = request_id or self._new_id()
+        if self._repeatable is not None:
+            sampling = self._repeatable.seeded(sampling)
         tokens = sampling.n * sampling.max_tokens
         with self._lock:
             if request_id in self._owners:
                 raise ValueError(f"request {request_id!r} is under way: give each an id of its own")
             engine = self._owners[request_id] = self._router.start(prompt, tokens=tokens)
-            self._note(engine, 1)
+            self.metrics.under_way(engine, 1, load=self._router.loads[engine])
         stream = on_piece is not None
-        request = Generate(request_id=request_id, prompt=prompt, sampling=sampling, priority=priority, stream=stream)
+        name = batch.joined_by(engine) if batch else ""
+        request = Generate(
+            request_id=request_id, prompt=prompt, sampling=sampling, priority=priority, stream=stream, batch=name
+        )
         done: Future[list[Completion]] = Future()
 
         def end(reply: "Future[Reply]") -> None:
@@ -208,7 +220,7 @@ class Pool(Links):
             with self._lock:
                 del self._owners[request_id]
                 self._router.end(engine, prompt, tokens=tokens)
-                self._note(engine, -1)
+                self.metrics.under_way(engine, -1, load=self._router.loads[engine])
                 if len(group) == 1:
                     # It may be a turn of a conversation.
                     self._router.hold([*prompt, *group[0].token_ids], engine)
@@ -229,17 +241,10 @@ class Pool(Links):
         done.add_done_callback(lambda its: self.abort([request_id]) if its.cancelled() else None)
         return done
 
-    def _note(self, engine: int, change: int) -> None:
-        self.metrics.requests.labels(engine).inc(change)
-        self.metrics.load.labels(engine).set(self._router.loads[engine])
+    def _batch(self) -> "contextlib.AbstractContextManager[Batch | None]":
+        if self._repeatable is None:
+            return contextlib.nullcontext()
+        return self._repeatable.batch(lambda engine, name: self.request(engine, RunBatch(name)))
 
     def _new_id(self) -> str:
         return f"{self._name}-{next(self._numbers)}"
-
-
-def plain_tokens(prompt: Sequence[int]) -> list[int]:
-    """The token ids as Python's integers. Raises `ValueError` for anything else."""
-    try:
-        return list(map(operator.index, prompt))
-    except TypeError as error:
-        raise ValueError(f"a prompt is a sequence of token ids: {error}") from None

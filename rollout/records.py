@@ -16,6 +16,14 @@ class Generate(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     priority: int = 0
     """Requests with lower numbers run first."""
     stream: bool = False
+    batch: str = ""
+    """Runs together with the others of its batch, after `RunBatch`. Empty: at once."""
+
+
+class RunBatch(msgspec.Struct, frozen=True, tag=True):
+    """All requests of this batch are there: run them. Answered by `Done` when they are over."""
+
+    batch: str
 
 
 class Generated(msgspec.Struct, frozen=True, tag=True):
@@ -195,6 +203,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 Request = (
     Generate
+    | RunBatch
     | Abort
     | Prepare
     | DescribeLanding
@@ -231,6 +240,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float
     max_num_seqs: int | None
     sync_asleep: str
+    deterministic: bool
     lora_rank: int | None
     lora_versions: int
     engine_args: dict[str, Any]

@@ -1,5 +1,6 @@
 """Which engine a request goes to (trainer)."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -14,15 +15,16 @@ class Router:
     """Sends each prompt to the engine with the least to do, or to one that holds its beginning and is not far behind.
 
     What an engine has to do is counted in tokens that it may still have to compute, for this pool's requests alone.
-    Not thread-safe.
+    With `in_turn`, engines take turns, whatever they have to do. Not thread-safe.
     """
 
-    def __init__(self, engines: int, *, first: int = 0) -> None:
+    def __init__(self, engines: int, *, first: int = 0, in_turn: bool = False) -> None:
         self._loads = [0] * engines
         # By hash of all blocks up to here: the engine, least recently used first.
         self._holders: OrderedDict[int, int] = OrderedDict()
         # Pools of several trainer ranks should not all begin with engine 0.
         self._order = [(first + place) % engines for place in range(engines)]
+        self._turns = itertools.cycle(self._order) if in_turn else None
 
     @property
     def loads(self) -> tuple[int, ...]:
@@ -32,6 +34,10 @@ class Router:
     def start(self, prompt: Sequence[int], *, tokens: int) -> int:
         """Choose an engine for a prompt whose completions may take this many tokens."""
         least = min(self._order, key=self._loads.__getitem__)
+        if self._turns is not None:
+            engine = next(self._turns)
+            self._loads[engine] += len(prompt) + tokens
+            return engine
         engine, known = self._holder(prompt), True
         if engine is None:
             engine, known = least, False

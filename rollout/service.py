@@ -44,6 +44,7 @@ from rollcast.rollout.records import (
     Received,
     Reply,
     Request,
+    RunBatch,
     Sleep,
     WakeUp,
 )
@@ -110,10 +111,12 @@ class Service:
     async def _generate(self, request: Generate, send: Callable[[Reply], None]) -> Reply:
         emit = send if request.stream else None
         running = Running(request.request_id, request.prompt, request.sampling, request.priority, emit)
-        return Generated(await self._engine.generate(running))
+        return Generated(await self._engine.generate(running, batch=request.batch))
 
     async def _carry_out(self, request: Request) -> Reply:
         match request:
+            case RunBatch():
+                await self._engine.run_batch(request.batch)
             case Abort():
                 await self._engine.abort(request.request_ids)
             case Prepare():

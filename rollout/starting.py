@@ -13,6 +13,9 @@ def start_llm(launch: Launch) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     optional: dict[str, Any] = {} if launch.max_num_seqs is None else {"max_num_seqs": launch.max_num_seqs}
+    if launch.deterministic:
+        # Which keys it holds hangs on what came before, in which order.
+        optional["enable_prefix_caching"] = False
     if launch.lora_rank is not None:
         optional |= lora_args(launch.lora_rank, versions=launch.lora_versions)
     args: dict[str, Any] = {

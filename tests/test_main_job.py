@@ -10,6 +10,9 @@ from torchrun import JOBS, Finished, run_job
 
 from rollcast.launch.tiny import character_tokenizer
 
+# Of a step, what tokens and weights decide.
+SAME = ("reward", "logprob_max_diff", "loss", "tokens")
+
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 
@@ -63,6 +66,19 @@ def test_two_trainers_and_two_engines_learn(tmp_path: Path) -> None:
     assert done.code == 0, done.output
     check_learned(report)
     assert all(len(step["sync"]["workers"]) == 2 for step in report["steps"])
+
+
+@pytest.mark.timeout(500)
+def test_the_same_seed_gives_the_same_curve(tmp_path: Path) -> None:
+    reports: list[dict[str, Any]] = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        done, report = run_grpo(tmp_path / name, "--deterministic", "--seed", "5", "--steps", "12", ranks=3)
+        assert done.code == 0, done.output
+        check_agreement(report)
+        reports.append(report)
+    one, other = ([{key: its[key] for key in SAME} for its in report["steps"]] for report in reports)
+    assert one == other
 
 
 def test_generation_goes_on_while_training_runs(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def launch(folder: str) -> Launch:
         gpu_memory_utilization=0.9,
         max_num_seqs=None,
         sync_asleep=config.sync_asleep,
+        deterministic=False,
         lora_rank=8,
         lora_versions=1,
         engine_args={},
