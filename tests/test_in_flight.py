@@ -8,7 +8,7 @@ from torchrun import run_facts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
-LENGTH = 900
+LENGTH = 400
 
 
 @pytest.fixture(scope="module")

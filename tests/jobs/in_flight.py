@@ -18,7 +18,8 @@ from oracle import distances, said
 
 import rollcast.rollout as rollcast
 
-LENGTH = 900
+LENGTH = 400
+STEP_S = 0.005
 WAYS = (
     ("in_place", "keep", "kept"),
     ("in_place", "wait", "kept"),
@@ -32,13 +33,18 @@ PROMPTS = [[5, 6, 7], [9, 8, 3], [4, 4, 4]]
 
 def main() -> None:
     folder, report = sys.argv[1], Path(sys.argv[2])
-    config = rollcast.RolloutConfig(model=folder, enforce_eager=True, log_dir=folder)
+    config = rollcast.RolloutConfig(
+        model=folder, enforce_eager=True, log_dir=folder, worker_extension_cls="slow_worker.SlowWorker"
+    )
     facts: dict[str, Any] = {}
     with rollcast.join(config) as job:
         if not job.is_trainer:
             return
         model = build("untied")
         broadcaster = job.broadcaster(model)
+        # Later syncs are soon over, and requests are not.
+        broadcaster.self_test()
+        job.pool.call_workers("slow_down", STEP_S)
         with ThreadPoolExecutor(1) as threads:
             for version, way in enumerate(WAYS, start=1):
                 facts[" ".join(way)] = in_flight(job, broadcaster, model, threads, version=version, way=way)
