@@ -23,12 +23,9 @@ from typing import Any
 from latency_models import SHAPES, write_config
 from machine_card import commit, cpu_card, gpu_card
 
-HERE = Path(__file__).parent
 TIMEOUT_S = 1800.0
 # vLLM's processes keep their cores busy for a second after a step: the other side must not have to share them.
 REST_S = 1.5
-# torchrun's: vLLM's own processes must not take them for theirs.
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,8 +103,9 @@ def run_rank(options: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def other_side() -> "Iterator[subprocess.Popen[str]]":
     """vLLM's own `LLM`, in processes of its own, as many keys and values in memory as the pool's engine has."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN)}
-    environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from rollcast.rollout.world import without_torchrun
+
+    environ = {"VLLM_CPU_KVCACHE_SPACE": "1"} | without_torchrun(os.environ)
     with subprocess.Popen(
         [sys.executable, __file__, "--llm", *sys.argv[1:]],
         stdin=subprocess.PIPE,

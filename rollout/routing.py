@@ -33,17 +33,8 @@ class Router:
 
     def start(self, prompt: Sequence[int], *, tokens: int) -> int:
         """Choose an engine for a prompt whose completions may take this many tokens."""
-        least = min(self._order, key=self._loads.__getitem__)
-        if self._turns is not None:
-            engine = next(self._turns)
-            self._loads[engine] += len(prompt) + tokens
-            return engine
-        engine, known = self._holder(prompt), True
-        if engine is None:
-            engine, known = least, False
         cost = len(prompt) + tokens
-        if known and self._loads[engine] > self._loads[least] + max(cost, SLACK * self._loads[least]):
-            engine = least
+        engine = self._choose(prompt, cost) if self._turns is None else next(self._turns)
         self._loads[engine] += cost
         self.hold(prompt, engine)
         return engine
@@ -59,6 +50,13 @@ class Router:
             self._holders.move_to_end(block)
         while len(self._holders) > MOST_BLOCKS:
             self._holders.popitem(last=False)
+
+    def _choose(self, prompt: Sequence[int], cost: int) -> int:
+        least = min(self._order, key=self._loads.__getitem__)
+        holder = self._holder(prompt)
+        if holder is None or self._loads[holder] > self._loads[least] + max(cost, SLACK * self._loads[least]):
+            return least
+        return holder
 
     def _holder(self, prompt: Sequence[int]) -> int | None:
         """The engine that holds the longest known beginning."""
