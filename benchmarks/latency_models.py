@@ -22,7 +22,7 @@ class Shape:
 
 
 QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960}
-TINY = {"vocab_size": 1024, "head_dim": 32, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+TINY = {"vocab_size": 1024, "head_dim": 32, "num_key_value_heads": 2, "max_position_embeddings": 16384}
 TINY |= {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
 UNTIED: dict[str, Any] = {"tie_word_embeddings": False}

@@ -50,7 +50,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
             load_format="dummy",
             enforce_eager=self.eager,
             gpu_memory_utilization=self.gpu_memory_utilization,
-            max_model_len=2048 if self.device == "cuda" else 1024,
+            # A tiny model makes a thousand tokens in a second: what decodes must outlast the updates.
+            max_model_len=2048 if self.device == "cuda" else 16384,
             max_num_seqs=max(self.decode, 16),
             engine_args={"weight_transfer_config": {"backend": "nccl"}} if native else {},
             worker_extension_cls="latency_worker.BenchWorker",
