@@ -16,7 +16,7 @@ import msgspec
 
 from rollcast.comm import Deadline
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.frames import ID_BYTES
+from rollcast.rollout.frames import ID_BYTES, frame
 from rollcast.rollout.records import Failed, Piece, Reply, Request
 from rollcast.rollout.replies import collect, named
 from rollcast.rollout.roster import Roster
@@ -58,19 +58,28 @@ class Links:
 
         `on_piece` is called with every `Piece` before the reply, on a thread of the pool's.
         """
-        future: Future[Reply] = Future()
-        payload = msgspec.msgpack.encode(request)
-        with self._lock:
-            if self._closed.is_set():
-                raise EngineError("the pool is closed: generate and sync inside `with join(...)`")
-            if engine in self._lost:
-                future.set_exception(EngineError(self._lost[engine]))
-                return future
-            request_id = next(self._ids).to_bytes(ID_BYTES, "big")
-            self._waiting[request_id] = _Waiting(engine, future, on_piece)
-        # By the caller's own thread, which need not wait for another to wake up.
-        self._lines[engine].send(request_id + payload)
-        return future
+        return self.request_all([(engine, request)], on_piece=on_piece)[0]
+
+    def request_all(
+        self, requests: Sequence[tuple[int, Request]], *, on_piece: Callable[[Piece], None] | None = None
+    ) -> "list[Future[Reply]]":
+        """Send many requests, each to an engine: see `request`.
+
+        An engine gets all of its own at once. It would start on the first of them meanwhile, and on few cores leave
+        the sender none to send the rest.
+        """
+        messages: dict[int, list[bytes]] = {}
+        futures: list[Future[Reply]] = []
+        for engine, request in requests:
+            future: Future[Reply] = Future()
+            payload = msgspec.msgpack.encode(request)
+            if request_id := self._enter(_Waiting(engine, future, on_piece)):
+                messages.setdefault(engine, []).append(frame(request_id, payload))
+            futures.append(future)
+        for engine, its in messages.items():
+            # By the caller's own thread, which need not wait for another to wake up.
+            self._lines[engine].send(b"".join(its))
+        return futures
 
     def ask_all(self, request: Request, *, deadline: Deadline | None = None) -> list[Reply]:
         """Send a request to all engines at once and wait for all answers."""
@@ -83,6 +92,18 @@ class Links:
         self._lose_all("the pool was closed")
         for thread in self._threads:
             thread.join()
+
+    def _enter(self, waiting: _Waiting) -> bytes | None:
+        """From now on a reply is waited for; the number that it will have. None if the engine is lost."""
+        with self._lock:
+            if self._closed.is_set():
+                raise EngineError("the pool is closed: generate and sync inside `with join(...)`")
+            if waiting.engine not in self._lost:
+                request_id = next(self._ids).to_bytes(ID_BYTES, "big")
+                self._waiting[request_id] = waiting
+                return request_id
+        waiting.future.set_exception(EngineError(self._lost[waiting.engine]))
+        return None
 
     def _thread(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
         thread = threading.Thread(target=target, args=arguments, name="rollcast-pool", daemon=True)
@@ -164,10 +185,10 @@ class _Line:
         self._connection = Connection(os.dup(self._socket.fileno()))
         self._sending = threading.Lock()
 
-    def send(self, message: bytes) -> None:
-        """Send it, unless the engine has ended."""
+    def send(self, frames: bytes) -> None:
+        """Send whole messages, unless the engine has ended."""
         with self._sending, contextlib.suppress(OSError):
-            self._connection.send_bytes(message)
+            self._socket.sendall(frames)
 
     def messages(self) -> Iterator[bytes]:
         """What comes, until the connection ends."""
