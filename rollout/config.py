@@ -1,7 +1,7 @@
 """The one place of a job's settings and their defaults (every process)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,11 @@ class RolloutConfig:
     """The same seed, model and calls in the same order give the same tokens: every request gets a seed of its own,
     prompts go to engines in turn, an engine runs one `generate` call at a time, without a prefix cache. Slower. On
     policy only: a sync that meets requests in flight meets them where it happens to."""
+    openai_port: int | None = None
+    """Engine i also answers at port `openai_port` + i with vLLM's own OpenAI-compatible server, whose requests take
+    part in syncs: `pool.describe()[i].openai` is its address. 0: a free port. None: no server."""
+    openai_flags: Sequence[str] = ()
+    """Flags of `vllm serve` for it: ("--tool-call-parser", "hermes", "--enable-auto-tool-choice")."""
     lora_rank: int | None = None
     """Engines keep their base weights and take LoRA adapters of at most this rank: `job.broadcaster` wants a peft
     model, and sends its A and B alone. None: full weights; a peft model's adapter is folded into them on the way."""
@@ -94,7 +99,7 @@ class RolloutConfig:
     """Replace by a subclass to add methods to the workers. Must be importable in the engine's processes."""
     pause_mode: str = "keep"
     """What a sync does to requests in flight. "keep" goes on with them, "wait" lets them finish before, "abort" takes
-    them out of the engine and runs them again from the tokens that they have, under the new weights."""
+    the pool's out of the engine and runs them again from the tokens that they have, under the new weights."""
     kv_cache: str = "kept"
     """Of requests that "keep" goes on with. "kept": they use the keys and values that the old weights have made.
     "recomputed": these are made anew by the new weights, and so is the prefix cache."""
@@ -147,6 +152,8 @@ class RolloutConfig:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise PreflightError(f"{name} must be positive, got {value}")
         one_of("dtype", self.resolved_dtype(), DTYPES)
+        if self.deterministic and self.openai_port is not None:
+            raise PreflightError("deterministic engines run whole batches, not single requests: leave openai_port out")
         if self.deterministic and self.engine_args.get("enable_prefix_caching"):
             raise PreflightError("deterministic engines have no prefix cache: leave enable_prefix_caching out")
 

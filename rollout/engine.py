@@ -4,11 +4,13 @@ from typing import Any
 
 from rollcast.rollout.batches import Batches
 from rollcast.rollout.errors import EngineError
+from rollcast.rollout.openai_door import OpenAIDoor
 from rollcast.rollout.records import Completion, Launch
 from rollcast.rollout.requests import Requests, Running
 from rollcast.rollout.scheduling import Scheduling
 from rollcast.rollout.starting import start_llm
 from rollcast.rollout.updates import Updates
+from rollcast.rollout.versioned import VersionedClient
 from rollcast.rollout.workers import Workers
 
 
@@ -43,6 +45,13 @@ class Engine:
         return self._requests.refusal or None
 
     @property
+    def refusal(self) -> str:
+        """Why it generates nothing now, if so."""
+        if self._scheduling.asleep:
+            return f"engine {self._index} sleeps: call pool.wake_up() first"
+        return self._requests.refusal
+
+    @property
     def requests(self) -> int:
         """How many are under way."""
         return self._requests.count
@@ -69,9 +78,14 @@ class Engine:
         await self._batches.run(batch)
 
     async def _generate(self, request: Running) -> list[Completion]:
-        if self._scheduling.asleep:
-            raise EngineError(f"engine {self._index} sleeps: call pool.wake_up() first")
+        if refusal := self.refusal:
+            raise EngineError(refusal)
         return await self._requests.generate(request)
+
+    async def open_to_openai(self, door: OpenAIDoor) -> None:
+        """Let vLLM's own server answer at `door`, until the process ends."""
+        client = VersionedClient(self._llm, self._requests, refusal=lambda: self.refusal)
+        await door.open(client)
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests with what they have."""
@@ -87,7 +101,7 @@ class Engine:
         # Before anything else: what arrives from now on is refused.
         self._scheduling.fall_asleep()
         self._batches.abort(None)
-        await self._requests.abort()
+        await self._requests.abort_all()
         await self.workers.call("rollcast_release")
         await self._scheduling.sleep(level)
         if level > 1:

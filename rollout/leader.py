@@ -181,6 +181,8 @@ def _launch(config: RolloutConfig, world: World) -> Launch:
         max_num_seqs=config.max_num_seqs,
         sync_asleep=config.sync_asleep,
         deterministic=config.deterministic,
+        openai_port=config.openai_port and config.openai_port + world.engine,
+        openai_flags=tuple(config.openai_flags),
         lora_rank=config.lora_rank,
         lora_versions=config.lora_versions,
         engine_args=dict(config.engine_args),

@@ -152,7 +152,9 @@ class Description(msgspec.Struct, frozen=True, tag=True):
     torn: str | None
     """Why the engine refuses to generate; None when it serves."""
     requests: int = 0
-    """Under way, of all trainer ranks."""
+    """Under way, of all trainer ranks and of the engine's own server."""
+    openai: str | None = None
+    """Base URL of the engine's own OpenAI-compatible server, with `openai_port`."""
 
 
 class Sleep(msgspec.Struct, frozen=True, tag=True):
@@ -241,6 +243,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int | None
     sync_asleep: str
     deterministic: bool
+    openai_port: int | None
+    openai_flags: tuple[str, ...]
     lora_rank: int | None
     lora_versions: int
     engine_args: dict[str, Any]

@@ -1,8 +1,9 @@
 """Requests to vLLM, and the policy versions that each is run under (engine process)."""
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,8 @@ class Requests:
         # By vLLM's request: its slot, the switch that it arrived after, and those since that concern the slot.
         self._switches: dict[int, tuple[int, list[Switch]]] = {}
         self._running: dict[str, Running] = {}
-        self._waiting: set[asyncio.Task[Completion]] = set()
+        self._waiting: set[asyncio.Task[Any]] = set()
+        self._guests: set[asyncio.Task[Any]] = set()
         # vLLM's requests whose outcome does not count.
         self._recalled: set[int] = set()
         self._calls: set[asyncio.Task[None]] = set()
@@ -73,8 +75,8 @@ class Requests:
 
     @property
     def count(self) -> int:
-        """Of the pool's requests that are under way."""
-        return len(self._running)
+        """Of requests that are under way."""
+        return len(self._running) + len(self._guests)
 
     def slot_of(self, version: int) -> int:
         """Where a version goes, or is."""
@@ -114,8 +116,6 @@ class Requests:
 
     async def generate(self, request: Running) -> list[Completion]:
         """Sample `sampling.n` completions of the prompt, in order."""
-        if self.refusal:
-            raise EngineError(self.refusal)
         if request.request_id in self._running:
             raise EngineError(f"request {request.request_id!r} is under way already: give each an id of its own")
         self._running[request.request_id] = request
@@ -134,13 +134,22 @@ class Requests:
         prompt_logprobs = group[0].prompt_logprobs if group else None
         return [msgspec.structs.replace(each, prompt_logprobs=prompt_logprobs) for each in group]
 
-    async def abort(self, request_ids: Iterable[str] | None = None) -> None:
-        """End these requests, or all, with what they have. Those that are not here are over already."""
-        wanted = [*self._running] if request_ids is None else request_ids
-        found = [self._running[request_id] for request_id in wanted if request_id in self._running]
+    async def abort(self, request_ids: Iterable[str]) -> None:
+        """End these requests of the pool with what they have. Those that are not here are over already."""
+        found = [self._running[request_id] for request_id in request_ids if request_id in self._running]
         for request in found:
             request.ended = True
         await self._abort(number for request in found for number in request.numbers)
+
+    async def abort_all(self) -> None:
+        """End every request, whoever has sent it, with what it has."""
+        for request in self._running.values():
+            request.ended = True
+        await self._abort([*self._switches])
+
+    async def set_aside(self) -> None:
+        """Take the pool's requests out of vLLM. They go on from their tokens when the weights are decided on."""
+        await self._abort([number for request in self._running.values() for number in request.numbers])
 
     async def _abort(self, numbers: Iterable[int]) -> None:
         await self._llm.abort([f"rollcast-{number}" for number in numbers])
@@ -148,8 +157,17 @@ class Requests:
     def refuse(self, why: str) -> None:
         """End every request, and serve none until `refusal` is empty again."""
         self.refusal = why
-        for task in self._waiting:
+        for task in self._waiting | self._guests:
             task.cancel()
+
+    def admit(self, guest: "asyncio.Task[Any]") -> None:
+        """Count a request that is not the pool's, which follows one of vLLM's until it ends; `refuse` cancels it."""
+        self._guests.add(guest)
+        guest.add_done_callback(self._guests.discard)
+
+    async def decided(self) -> None:
+        """Wait until it is decided which weights are served."""
+        await self._decided.wait()
 
     async def _sample(self, request: Running, index: int) -> Completion:
         draft = Draft(request.prompt, request.sampling, index)
@@ -167,27 +185,42 @@ class Requests:
         """Run the sample until it ends, or a sync ends it."""
         from vllm.inputs.engine import tokens_input
 
-        self._count += 1
-        number = self._count
-        request.numbers.add(number)
-        slot, switches = self._switches[number] = self._slot, [self._switch]
         draft.begin()
         # In vLLM's own form, which it takes at once: a request must not meet a switch on its way in.
-        tokens = tokens_input(draft.prompt + draft.token_ids, cache_salt=f"rollcast-{self.salt}")
+        tokens = tokens_input(draft.prompt + draft.token_ids)
         params = draft.params(eos_token_ids=self._eos_token_ids, stream=request.emit is not None)
-        more = {"priority": request.priority} | ({"lora_request": adapter_request(slot)} if self.slots else {})
-        try:
-            async for found in self._llm.generate(tokens, params, f"rollcast-{number}", **more):
-                await self._decided.wait()
-                if number in self._recalled:
-                    # It may have run by now, with keys of the old weights.
-                    continue
+        following = self.follow(tokens, params, numbers=request.numbers, priority=request.priority)
+        async with contextlib.aclosing(following):
+            async for found, number, switches in following:
                 (output,) = found.outputs
                 piece = draft.take(output, number, switches, ended=request.ended)
                 draft.take_prompt(found)
                 if request.emit is not None and (piece.token_ids or piece.finish_reason):
                     request.emit(piece)
+
+    async def follow(
+        self, prompt: Mapping[str, Any], params: Any, *, numbers: set[int], **more: Any
+    ) -> AsyncGenerator[tuple[Any, int, Sequence[Switch]], None]:
+        """What one request of vLLM's makes, handed out when the weights are decided on; its number, its switches.
+
+        Ends without a last output if the request is taken back: then it is to be sent again. Its number is in
+        `numbers` meanwhile. `prompt` is vLLM's `EngineInput`; `more` is for `AsyncLLM.generate`.
+        """
+        self._count += 1
+        number = self._count
+        numbers.add(number)
+        slot, switches = self._switches[number] = self._slot, [self._switch]
+        salts = (f"rollcast-{self.salt}", prompt.get("cache_salt"))
+        salted = {**prompt, "cache_salt": "-".join(filter(None, salts))}
+        if self.slots:
+            more["lora_request"] = adapter_request(slot)
+        try:
+            async for found in self._llm.generate(salted, params, f"rollcast-{number}", **more):
+                await self._decided.wait()
+                # Taken back, it may have run by now, with keys of the old weights.
+                if number not in self._recalled:
+                    yield found, number, switches
         finally:
             del self._switches[number]
             self._recalled.discard(number)
-            request.numbers.discard(number)
+            numbers.discard(number)

@@ -18,7 +18,7 @@ class Scheduling:
         """What has given its memory back: "weights", "kv_cache"."""
 
     async def pause(self, mode: str, *, timeout_s: float) -> None:
-        """Schedule nothing more. vLLM's modes: "keep", "wait", "abort". Raises `TimeoutError` with what to change."""
+        """Schedule nothing more. vLLM's modes: "keep", "wait". Raises `TimeoutError` with what to change."""
         self.paused = True
         try:
             async with asyncio.timeout(timeout_s):

@@ -16,10 +16,12 @@ from collections.abc import Callable
 from functools import partial
 
 import msgspec
+import uvloop
 
 from rollcast.rollout.engine import Engine
 from rollcast.rollout.errors import RollcastError
 from rollcast.rollout.frames import ID_BYTES, LIMIT_BYTES, frame, frames
+from rollcast.rollout.openai_door import OpenAIDoor
 from rollcast.rollout.records import (
     Abandon,
     Abort,
@@ -57,9 +59,10 @@ HEALTH_POLL_S = 0.2
 class Service:
     """Answers each request as soon as it is done, in any order."""
 
-    def __init__(self, engine: Engine, *, index: int) -> None:
+    def __init__(self, engine: Engine, *, index: int, openai: str | None) -> None:
         self._engine = engine
         self._index = index
+        self._openai = openai
         self._decoder = msgspec.msgpack.Decoder(Request)
         self._encoder = msgspec.msgpack.Encoder()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,6 +116,10 @@ class Service:
         running = Running(request.request_id, request.prompt, request.sampling, request.priority, emit)
         return Generated(await self._engine.generate(running, batch=request.batch))
 
+    def _describe(self) -> Description:
+        its = self._engine
+        return Description(self._index, os.getpid(), its.version, its.torn, its.requests, self._openai)
+
     async def _carry_out(self, request: Request) -> Reply:
         match request:
             case RunBatch():
@@ -132,9 +139,7 @@ class Service:
             case Abandon():
                 await self._engine.updates.abandon(request.text)
             case Describe():
-                return Description(
-                    self._index, os.getpid(), self._engine.version, self._engine.torn, self._engine.requests
-                )
+                return self._describe()
             case Sleep():
                 await self._engine.sleep(request.level)
             case WakeUp():
@@ -148,13 +153,16 @@ class Service:
 
 async def serve(launch: Launch, ready_fd: int) -> None:
     """Start the engine, announce the address, serve until told to stop (SIGTERM) or vLLM dies."""
+    door = None if launch.openai_port is None else OpenAIDoor(launch)
     engine = Engine.start(launch)
     try:
         await engine.watch()
+        if door is not None:
+            await engine.open_to_openai(door)
         # What start-up has made stays. Looking through it again and again would stop the loop for half a second.
         gc.collect()
         gc.freeze()
-        service = Service(engine, index=launch.engine)
+        service = Service(engine, index=launch.engine, openai=door and door.address)
         address = await service.open(launch.host)
         with os.fdopen(ready_fd, "w") as ready:
             ready.write(f"{address}\n")
@@ -177,7 +185,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(os.getpgrp(), signal.SIGKILL))
     launch = msgspec.json.decode(sys.stdin.buffer.read(), type=Launch)
     try:
-        asyncio.run(serve(launch, int(sys.argv[1])))
+        uvloop.run(serve(launch, int(sys.argv[1])))
     except BaseException:
         traceback.print_exc()
     # No interpreter teardown: vLLM's finalizers raise in it, and bury the log's last words.

@@ -28,8 +28,8 @@ def start_llm(launch: Launch) -> Any:
         "seed": launch.seed,
         "enforce_eager": launch.enforce_eager,
         "gpu_memory_utilization": launch.gpu_memory_utilization,
-        # Prompts arrive as tokens; the trainer owns the tokenizer. vLLM then knows no end-of-sequence token.
-        "skip_tokenizer_init": True,
+        # The pool's prompts arrive as tokens; vLLM then knows no end-of-sequence token. Its own server takes text.
+        "skip_tokenizer_init": launch.openai_port is None,
         # The policy ratio needs the distribution that was sampled from.
         "logprobs_mode": "processed_logprobs",
         # As first come, first served, where nobody asks for priorities.

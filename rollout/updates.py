@@ -133,7 +133,7 @@ class Updates:
         try:
             # A cache is cleared while nothing runs.
             if request.pause_mode != "keep" or _clears(request):
-                await self._scheduling.pause(request.pause_mode, timeout_s=timeout_s)
+                await self._pause(request.pause_mode, timeout_s=timeout_s)
             self._state = State.RECEIVING
             outcomes = await self._workers.ring(method, *arguments)
         except TimeoutError as late:
@@ -144,6 +144,12 @@ class Updates:
             raise
         self._tokens = outcomes[0]["tokens"]
         return outcomes
+
+    async def _pause(self, mode: str, *, timeout_s: float) -> None:
+        """Let vLLM schedule nothing more. "abort" is not vLLM's own, which would also end what is not the pool's."""
+        await self._scheduling.pause("wait" if mode == "wait" else "keep", timeout_s=timeout_s)
+        if mode == "abort":
+            await self._requests.set_aside()
 
     async def commit(self, version: int, *, timeout_s: float) -> None:
         """All engines have the weights: switch to them, treat the prefix cache, set the version, resume."""

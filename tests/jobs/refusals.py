@@ -57,6 +57,8 @@ def launch(folder: str) -> Launch:
         max_num_seqs=None,
         sync_asleep=config.sync_asleep,
         deterministic=False,
+        openai_port=None,
+        openai_flags=(),
         lora_rank=8,
         lora_versions=1,
         engine_args={},

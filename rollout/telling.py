@@ -1,0 +1,122 @@
+"""The policy version in the answers of vLLM's own server, as ASGI middleware (engine process)."""
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from rollcast.rollout.versioned import TOLD, Told
+
+VERSION_HEADER = "x-rollcast-version"
+JSON, EVENTS = "application/json", "text/event-stream"
+EVENT = "data: "
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class TellVersions:
+    """Says with which weights an answer was made.
+
+    `policy_version`, and the header, are the newest token's version; `policy_spans` of a choice are [version, first
+    token] pairs. In a stream, the header is the first token's version, and each event has the field. What is refused
+    is status 503.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Any, send: Send) -> None:
+        """One connection of the server's."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        told = Told()
+        TOLD.set(told)
+        answer = _Answer(told, send)
+        try:
+            await self._app(scope, receive, answer.send)
+        except Exception:
+            if not answer.begun and told.refusal:
+                await answer.refuse()
+            # Starlette raises again what it has answered; the server would close the connection.
+            if not answer.refused:
+                raise
+
+
+class _Answer:
+    """A response on its way out. Its head waits for the body, which says what belongs in it."""
+
+    def __init__(self, told: Told, send: Send) -> None:
+        self._told = told
+        self._send = send
+        self._head: Message | None = None
+        self._kind = ""
+        self._body = b""
+        self.begun = False
+        """Whether the client has heard something."""
+        self.refused = False
+
+    async def send(self, message: Message) -> None:
+        """Take one message of the application's."""
+        if message["type"] == "http.response.start":
+            self._head = message
+            self._kind = dict(message["headers"]).get(b"content-type", b"").decode().partition(";")[0]
+        elif message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._head is not None and self._told.refusal:
+            await self.refuse()
+        elif not self.refused:
+            await (self._send_whole(message) if self._kind == JSON else self._send_piece(message))
+
+    async def refuse(self) -> None:
+        """Answer with the reason and status 503, whatever the application says."""
+        self.refused = True
+        error = {"message": self._told.refusal, "type": "ServiceUnavailableError", "param": None, "code": 503}
+        self._head = {"type": "http.response.start", "status": 503, "headers": [(b"content-type", JSON.encode())]}
+        await self._send_object({"error": error})
+
+    async def _send_whole(self, message: Message) -> None:
+        """An object goes when it is complete."""
+        self._body += message.get("body", b"")
+        if message.get("more_body"):
+            return
+        content = json.loads(self._body)
+        await self._send_object(_with_choices(content, self._told) if self._told.version is not None else content)
+
+    async def _send_piece(self, message: Message) -> None:
+        """Events go as they come, and so does what is none of ours."""
+        if self._head is not None:
+            await self._send_head({})
+        body = message.get("body", b"")
+        if self._kind == EVENTS and self._told.version is not None:
+            body = "\n".join(_told_line(line, self._told) for line in body.decode().split("\n")).encode()
+        await self._send({**message, "body": body})
+
+    async def _send_object(self, content: Any) -> None:
+        body = json.dumps(content).encode()
+        await self._send_head({b"content-length": str(len(body)).encode()})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _send_head(self, headers: dict[bytes, bytes]) -> None:
+        assert self._head is not None
+        self.begun = True
+        if self._told.version is not None:
+            headers = {**headers, VERSION_HEADER.encode(): str(self._told.version).encode()}
+        kept = [(name, value) for name, value in self._head["headers"] if name not in headers]
+        await self._send({**self._head, "headers": [*kept, *headers.items()]})
+        self._head = None
+
+
+def _with_choices(content: dict[str, Any], told: Told) -> dict[str, Any]:
+    """A response with its version, and each choice with its spans."""
+    choices = content.get("choices", [])
+    if len(choices) == told.samples:
+        for choice in choices:
+            choice["policy_spans"] = told.spans[choice["index"]]
+    return content | {"policy_version": max(spans[-1][0] for spans in told.spans.values())}
+
+
+def _told_line(line: str, told: Told) -> str:
+    """A line of an event stream; with the version, if it is an object."""
+    if not line.startswith(EVENT + "{"):
+        return line
+    return EVENT + json.dumps(json.loads(line.removeprefix(EVENT)) | {"policy_version": told.version})

@@ -1,0 +1,108 @@
+"""vLLM's own OpenAI-compatible server in every engine: what it answers is as exact as what the pool does."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchrun import run_facts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rollcast.launch.task import CHARACTERS
+from rollcast.launch.tiny import write_tiny_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}>{% endfor %}"
+SYNCS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("openai_servers") / "model"
+    write_tiny_model(folder, characters=CHARACTERS, seed=5)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def facts(model: Path) -> dict[str, Any]:
+    return run_facts("openai_servers.py", model.parent, ranks=3, timeout_s=280)
+
+
+def test_every_engine_answers_as_transformers_would(facts: dict[str, Any], model: Path) -> None:
+    assert len(set(facts["addresses"])) == 2
+    assert facts["models"] == [["it"], ["it"]]
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    network: Any = AutoModelForCausalLM.from_pretrained(model)
+    prompt = torch.tensor([tokenizer.encode("abc>")])
+    wanted = network.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=-1)[0, 4:].tolist()
+    for one in facts["whole"]:
+        assert one["tokens"] == wanted
+        assert one["text"] == tokenizer.decode(wanted, skip_special_tokens=True)
+        assert (one["version"], one["header"], one["spans"]) == (0, "0", [[0, 0]])
+
+
+def test_a_stream_says_the_same_and_its_version(facts: dict[str, Any]) -> None:
+    streamed = facts["streamed"]
+    assert "".join(text or "" for text, _ in streamed["pieces"]) == facts["whole"][1]["text"]
+    assert streamed["header"] == "0" and {version for _, version in streamed["pieces"]} == {0}
+
+
+def test_several_prompts_and_samples_have_their_places(facts: dict[str, Any]) -> None:
+    choices = facts["several"]
+    assert [index for index, *_ in choices] == [0, 1, 2, 3]
+    first, second, third, fourth = (text for _, text, _ in choices)
+    assert first != second and third != fourth
+    assert [spans for *_, spans in choices] == [[[0, 0]]] * 4
+
+
+def test_vllms_own_refusals_stay(facts: dict[str, Any]) -> None:
+    assert facts["bad"].startswith("400: ") and "max_tokens" in facts["bad"]
+
+
+def test_nothing_fails_while_weights_change(facts: dict[str, Any]) -> None:
+    answers = facts["talk"]
+    assert len(answers) > 20
+    assert not [its for its in answers if isinstance(its, str)]
+    assert all(versions == sorted(versions) for versions in answers)
+    assert {version for versions in answers for version in versions} == set(range(SYNCS + 1))
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_request_goes_over_to_the_new_weights_at_the_token_that_it_says(facts: dict[str, Any], place: int) -> None:
+    long = facts["long"][place]
+    before, after = long["versions"]
+    assert long["spans"] == [[before, 0], [after, long["cut"]]] and 10 < long["cut"] < 150
+    assert long["version"] == after and long["header"] == str(after)
+    assert long["tokens"] == long["wanted"]
+    assert long["finish_reason"] == "length"
+
+
+def test_guided_text_keeps_its_form_when_a_sync_comes_between(facts: dict[str, Any]) -> None:
+    text, spans = facts["guided"]
+    assert re.fullmatch("(ab|cd){60}", text)
+    assert len(spans) == 2
+
+
+def test_torn_weights_are_not_served(facts: dict[str, Any]) -> None:
+    torn = facts["torn"]
+    assert torn["sync"].startswith("SyncError") and "the worker stumbled" in torn["sync"]
+    for answer in (torn["whole"], torn["later"], torn["later stream"]):
+        assert answer.startswith("503: ") and "torn weights" in answer and "the worker stumbled" in answer
+    # It had begun: there is no other status any more.
+    assert torn["streaming"] == "no 'choices'"
+    assert torn["health"] == 503
+    assert facts["after"][0] == facts["after"][1] > SYNCS
+
+
+def test_a_sleeping_engine_says_so(facts: dict[str, Any]) -> None:
+    refused, finish_reason, health = facts["asleep"]
+    assert refused.startswith("503: ") and "engine 1 sleeps" in refused
+    assert (finish_reason, health) == ("length", 200)
