@@ -2,8 +2,10 @@
 
     python benchmarks/pool_overhead.py [--requests 64] [--max-tokens 128] [--shape qwen3-0.6b] [--json FILE]
 
-Both have an engine of their own with the same settings and random weights, and the same requests, in turn. Without
-`--shape`, a tiny model: the worst case, for its steps are short. The last line is one JSON document.
+Both have an engine of their own with the same settings and random weights, and the same requests, in turn. Two engines
+of the same side differ by 10 % on some machines, by where their memory and threads have come to lie: so there are
+several pairs. Without `--shape`, a tiny model: the worst case, for its steps are short. The last line is one JSON
+document.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from machine_card import commit, cpu_card, gpu_card
 TIMEOUT_S = 1800.0
 # vLLM's processes keep their cores busy for a second after a step: the other side must not have to share them.
 REST_S = 1.5
+Times = dict[str, list[float]]
+"""Seconds of each round, by side."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,27 +45,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Start the job; what it has found."""
+    """Run the pairs; what they have found."""
     with tempfile.TemporaryDirectory() as name:
         write_config(options.shape, Path(name, "model"))
-        flags = [
-            "--model",
-            f"{name}/model",
-            "--requests",
-            str(options.requests),
-            "--max-tokens",
-            str(options.max_tokens),
-        ]
-        flags += ["--rounds", str(options.rounds), "--out", f"{name}/found.json", *["--eager"] * options.eager]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        environ = {"OMP_NUM_THREADS": "1"} | os.environ
-        subprocess.run([*torchrun, __file__, *flags], check=True, timeout=TIMEOUT_S, stdout=sys.stderr, env=environ)
-        found = json.loads(Path(name, "found.json").read_text())
+        times = [measure_pair(options, Path(name)) for _ in range(options.pairs)]
     command = f"python benchmarks/pool_overhead.py {' '.join(sys.argv[1:])}".strip()
-    document = {"machine": card(), "commit": commit(), "command": command, "date": time.strftime("%Y-%m-%d")} | found
+    document = {"machine": card(), "commit": commit(), "command": command, "date": time.strftime("%Y-%m-%d")}
+    document |= summary(times, options)
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     return document
+
+
+def measure_pair(options: argparse.Namespace, folder: Path) -> Times:
+    """Start an engine of each side; seconds of the timed rounds."""
+    counts = {name: str(getattr(options, name)) for name in ("requests", "max_tokens", "rounds")}
+    flags = [part for name, count in counts.items() for part in (f"--{name.replace('_', '-')}", count)]
+    flags += ["--model", f"{folder}/model", "--out", f"{folder}/found.json", *["--eager"] * options.eager]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environ = {"OMP_NUM_THREADS": "1"} | os.environ
+    subprocess.run([*torchrun, __file__, *flags], check=True, timeout=TIMEOUT_S, stdout=sys.stderr, env=environ)
+    return {side: seconds[1:] for side, seconds in json.loads(Path(folder, "found.json").read_text()).items()}
 
 
 def card() -> dict[str, Any]:
@@ -89,7 +93,7 @@ def run_rank(options: argparse.Namespace) -> None:
         sampling = rollcast.Sampling(max_tokens=options.max_tokens, ignore_eos=True)
         prompts = prompts_of(options)
         with other_side() as llm:
-            times: dict[str, list[float]] = {"pool": [], "llm": []}
+            times: Times = {"pool": [], "llm": []}
             for _ in range(1 + options.rounds):
                 time.sleep(REST_S)
                 start = time.perf_counter()
@@ -97,7 +101,7 @@ def run_rank(options: argparse.Namespace) -> None:
                 times["pool"].append(time.perf_counter() - start)
                 assert all(len(its.token_ids) == options.max_tokens for group in groups for its in group)
                 times["llm"].append(ask(llm))
-        Path(options.out).write_text(json.dumps(summary(times, options)))
+        Path(options.out).write_text(json.dumps(times))
 
 
 @contextlib.contextmanager
@@ -132,18 +136,22 @@ def ask(llm: "subprocess.Popen[str]") -> float:
     raise RuntimeError("vLLM's own side has ended")
 
 
-def summary(times: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of the timed rounds, and the median of their ratios: neighbours in time share the weather."""
+def summary(pairs: list[Times], options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second, and the median of the ratios: neighbours in time share the weather."""
     tokens = options.requests * options.max_tokens
-    pool, llm = times["pool"][1:], times["llm"][1:]
-    ratios = [theirs / ours for ours, theirs in zip(pool, llm, strict=True)]
+    rounds = [(ours, theirs) for times in pairs for ours, theirs in zip(times["pool"], times["llm"], strict=True)]
+    ratios = [theirs / ours for ours, theirs in rounds]
     return {
         "requests": options.requests,
         "max_tokens": options.max_tokens,
         "rounds": options.rounds,
-        "pool_tokens_per_s": tokens / statistics.median(pool),
-        "llm_tokens_per_s": tokens / statistics.median(llm),
+        "pairs": options.pairs,
+        "pool_tokens_per_s": tokens / statistics.median(ours for ours, _ in rounds),
+        "llm_tokens_per_s": tokens / statistics.median(theirs for _, theirs in rounds),
         "ratio": statistics.median(ratios),
+        "ratio_by_pair": [
+            statistics.median(ratios[at : at + options.rounds]) for at in range(0, len(ratios), options.rounds)
+        ],
         "ratios": ratios,
     }
 
@@ -174,15 +182,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--shape", choices=SHAPES, default="tiny", help="the model's (tiny)")
     add("--requests", type=int, default=64, metavar="N", help="prompts of a round (64)")
     add("--max-tokens", type=int, default=128, metavar="N", help="of each completion (128)")
-    add("--rounds", type=int, default=9, metavar="N", help="timed rounds of both sides, after one that warms up (9)")
+    add("--rounds", type=int, default=7, metavar="N", help="timed rounds of each pair, after one that warms up (7)")
+    add("--pairs", type=int, default=3, metavar="N", help="engines of both sides, started one pair after the other (3)")
     add("--eager", action="store_true", help="engines without torch.compile and CUDA graphs")
     add("--json", type=Path, metavar="FILE", help="write the document to this file")
     add("--llm", action="store_true", help=argparse.SUPPRESS)
     add("--model", help=argparse.SUPPRESS)
     add("--out", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if min(options.requests, options.max_tokens, options.rounds) < 1:
-        parser.error("--requests, --max-tokens and --rounds must be at least 1")
+    if min(options.requests, options.max_tokens, options.rounds, options.pairs) < 1:
+        parser.error("--requests, --max-tokens, --rounds and --pairs must be at least 1")
     return options
 
 

@@ -5,6 +5,7 @@ torchrun --standalone --nproc-per-node 3 -m rollcast.launch.serve --model ./Qwen
 
 import argparse
 import os
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -15,7 +16,8 @@ from rollcast.rollout import Job, RollcastError, RolloutConfig, join
 
 DESCRIPTION = """Serve a model from a pool of vLLM engines: rank 0 is the front door, the other ranks are engines.
 OpenAI's clients talk to it (/v1/chat/completions, /v1/completions, /v1/models; /health and /metrics beside them), and
-each request goes to the engine with the least to do, or to one that has computed its beginning.
+each request goes to the engine with the least to do, or to one that has computed its beginning. With --openai-port
+every engine has vLLM's own server beside it: tools, structured output, logprobs, and no balancing.
 
   torchrun --standalone --nproc-per-node 3 -m rollcast.launch.serve --model ./Qwen3-0.6B --port 8000
 """
@@ -49,6 +51,12 @@ def serve(job: Job, options: argparse.Namespace) -> None:
     door = FrontDoor(job.pool, tokenizer, model=name, max_model_len=job.config.resolved_max_model_len())
     with served(door.app(), host=options.host, port=options.port) as address:
         print(f"rollcast: {job.pool.engines} engine(s) serve {name} at {address}/v1", flush=True)
+        for engine in job.pool.describe():
+            if engine.openai:
+                print(
+                    f"rollcast: engine {engine.engine} alone, with all that vLLM's server has, at {engine.openai}",
+                    flush=True,
+                )
         threading.Event().wait()
 
 
@@ -62,6 +70,8 @@ def rollout_config(options: argparse.Namespace) -> RolloutConfig:
         max_model_len=options.max_model_len,
         gpu_memory_utilization=options.gpu_memory_utilization,
         enforce_eager=options.enforce_eager,
+        openai_port=options.openai_port,
+        openai_flags=options.openai_flags,
         log_dir=options.log_dir,
     )
 
@@ -77,6 +87,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--served-model-name", metavar="NAME", help="what clients call it; default: the folder's name")
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=int, default=8000, help="port to listen on; 0: a free one (8000)")
+    add(
+        "--openai-port",
+        type=int,
+        metavar="N",
+        help="engine i also answers at N + i, by vLLM's own server; 0: free ones",
+    )
+    add(
+        "--openai-flags",
+        type=shlex.split,
+        default=(),
+        metavar="FLAGS",
+        help="of `vllm serve`, for it: '--tool-call-parser hermes'",
+    )
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks of one engine (1)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is a GPU")
     add("--dtype", default="auto", help="of the weights; auto: what config.json says")

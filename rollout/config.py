@@ -152,6 +152,8 @@ class RolloutConfig:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise PreflightError(f"{name} must be positive, got {value}")
         one_of("dtype", self.resolved_dtype(), DTYPES)
+        if self.openai_flags and self.openai_port is None:
+            raise PreflightError("openai_flags are of the engines' own servers: set openai_port")
         if self.deterministic and self.openai_port is not None:
             raise PreflightError("deterministic engines run whole batches, not single requests: leave openai_port out")
         if self.deterministic and self.engine_args.get("enable_prefix_caching"):

@@ -28,7 +28,7 @@ class OpenAIDoor:
 
     def __init__(self, launch: Launch) -> None:
         assert launch.openai_port is not None
-        self._args = server_args(launch)
+        self._args = server_args(model=launch.model, flags=launch.openai_flags)
         host = self._args.host or launch.host
         self._socket = socket.create_server((host, launch.openai_port))
         self.address = f"http://{host}:{self._socket.getsockname()[1]}/v1"
@@ -65,7 +65,7 @@ class _Server(uvicorn.Server):
         return nullcontext()
 
 
-def server_args(launch: Launch) -> argparse.Namespace:
+def server_args(*, model: str, flags: Sequence[str]) -> argparse.Namespace:
     """Settings of vLLM's server. Raises `ValueError` for flags that it does not have, or that are the engine's."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -73,15 +73,15 @@ def server_args(launch: Launch) -> argparse.Namespace:
     parser = cli.make_arg_parser(FlexibleArgumentParser())
     default = parser.parse_args([])
     try:
-        args = parser.parse_args(list(launch.openai_flags))
+        args = parser.parse_args(list(flags))
     except SystemExit:
-        raise ValueError(f"openai_flags {shown(launch.openai_flags)}: not what `vllm serve` takes, see above") from None
+        raise ValueError(f"openai_flags {shown(flags)}: not what `vllm serve` takes, see above") from None
     known = {field.name for field in dataclasses.fields(cli.FrontendArgs)} - OF_ENGINE | OF_SERVER
     for name, value in vars(args).items():
         if name not in known and repr(value) != repr(getattr(default, name)):
-            raise ValueError(f"openai_flags {shown(launch.openai_flags)}: {name} is not a setting of the server alone")
-    args.model = launch.model
-    args.served_model_name = args.served_model_name or [Path(launch.model).resolve().name, launch.model]
+            raise ValueError(f"openai_flags {shown(flags)}: {name} is not a setting of the server alone")
+    args.model = model
+    args.served_model_name = args.served_model_name or [Path(model).resolve().name, model]
     return args
 
 

@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
+# A server need not ever see a sync.
+MOST_GONE = 1 << 16
+
 
 class StepWatch:
     """Sees every step's schedule before the worker runs it.
@@ -32,6 +35,8 @@ class StepWatch:
         for request in scheduled.finished_req_ids:
             self._prompts.pop(request, None)
             self._gone[request] = self._made.pop(request, 0)
+        while len(self._gone) > MOST_GONE:
+            del self._gone[next(iter(self._gone))]
         self._last = scheduled
 
     def tokens(self) -> dict[str, int]:

@@ -72,15 +72,16 @@ def test_health_and_metrics_tell_the_version(facts: dict[str, Any]) -> None:
 
 
 def test_the_program_serves_until_it_is_interrupted(model: Path, tmp_path: Path) -> None:
-    flags = ("--model", model, "--port", "0", "--enforce-eager", "--served-model-name", "it")
+    flags = ("--model", model, "--port", "0", "--enforce-eager", "--served-model-name", "it", "--openai-port", "0")
     job = TorchrunJob("-m", "rollcast.launch.serve", *flags, ranks=2, cwd=tmp_path)
-    job.wait_for("serve it at", timeout_s=120)
-    address = re.search(r"at (http://\S+)/v1", job.output)
-    assert address
-    body = json.dumps({"model": "it", "prompt": "abcd>", "max_tokens": 4}).encode()
-    request = urllib.request.Request(f"{address[1]}/v1/completions", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        assert answer.headers["x-rollcast-version"] == "0"
-        assert json.loads(answer.read())["choices"][0]["finish_reason"] in ("stop", "length")
+    job.wait_for("engine 0 alone", timeout_s=120)
+    addresses = re.findall(r"at (http://\S+)/v1\b", job.output)
+    assert len(addresses) == 2
+    for address, name in zip(addresses, ("it", model.name), strict=True):
+        body = json.dumps({"model": name, "prompt": "abcd>", "max_tokens": 4}).encode()
+        request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            assert answer.headers["x-rollcast-version"] == "0"
+            assert json.loads(answer.read())["choices"][0]["finish_reason"] in ("stop", "length")
     job.interrupt(whole_group=True)
     assert job.finish(timeout_s=30).seconds < 150

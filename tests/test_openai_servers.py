@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollcast.launch.task import CHARACTERS
 from rollcast.launch.tiny import write_tiny_model
+from rollcast.rollout import PreflightError, RolloutConfig
+from rollcast.rollout.openai_door import server_args
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -106,3 +108,21 @@ def test_a_sleeping_engine_says_so(facts: dict[str, Any]) -> None:
     refused, finish_reason, health = facts["asleep"]
     assert refused.startswith("503: ") and "engine 1 sleeps" in refused
     assert (finish_reason, health) == ("length", 200)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--max-model-len", "16"), "'--max-model-len 16': max_model_len is not a setting of the server alone"),
+        (("--port", "16"), "'--port 16': port is not a setting of the server alone"),
+        (("--no-such", "16"), "'--no-such 16': not what `vllm serve` takes"),
+    ],
+)
+def test_flags_that_are_not_the_servers_are_refused(flags: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        server_args(model="model", flags=flags)
+
+
+def test_flags_need_a_server() -> None:
+    with pytest.raises(PreflightError, match="set openai_port"):
+        RolloutConfig(model="", dtype="float32", openai_flags=("--enable-log-requests",))

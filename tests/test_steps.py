@@ -7,7 +7,7 @@ import pytest
 
 from rollcast.rollout.drafts import Switch, from_token, joined, spans_of
 from rollcast.rollout.requests import REQUEST_ID
-from rollcast.rollout.steps import StepWatch
+from rollcast.rollout.steps import MOST_GONE, StepWatch
 
 
 def step(
@@ -57,6 +57,15 @@ def test_requests_that_wait_or_end_keep_their_count() -> None:
     # Run again from its start, with the token that it has made.
     watch.note(step({"b": 3}, new={"b": (2, 3, 0)}))
     assert watch.tokens() == {"b": 2}
+
+
+def test_a_server_that_never_sees_a_sync_forgets() -> None:
+    watch = StepWatch()
+    for name in map(str, range(MOST_GONE + 10)):
+        watch.note(step({name: 1}, new={name: (1, 1, 0)}))
+        watch.note(step({}, finished=(name,)))
+    tokens = watch.tokens()
+    assert len(tokens) == MOST_GONE and list(tokens)[-1] == str(MOST_GONE + 9)
 
 
 @pytest.mark.parametrize(
