@@ -28,6 +28,7 @@ POSITIVE = (
     "lora_versions",
 )
 POSITIVE_IF_ANY = ("max_model_len", "lora_rank")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "vocab.json")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -152,12 +153,20 @@ class RolloutConfig:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise PreflightError(f"{name} must be positive, got {value}")
         one_of("dtype", self.resolved_dtype(), DTYPES)
-        if self.openai_flags and self.openai_port is None:
+        if self.openai_port is not None:
+            self._check_server(self.openai_port)
+        elif self.openai_flags:
             raise PreflightError("openai_flags are of the engines' own servers: set openai_port")
-        if self.deterministic and self.openai_port is not None:
-            raise PreflightError("deterministic engines run whole batches, not single requests: leave openai_port out")
         if self.deterministic and self.engine_args.get("enable_prefix_caching"):
             raise PreflightError("deterministic engines have no prefix cache: leave enable_prefix_caching out")
+
+    def _check_server(self, port: int) -> None:
+        if not 0 <= port < 1 << 16:
+            raise PreflightError(f"openai_port must be a port or 0, got {port}")
+        if self.deterministic:
+            raise PreflightError("deterministic engines run whole batches, not single requests: leave openai_port out")
+        if not any(Path(self.model, name).is_file() for name in TOKENIZERS):
+            raise PreflightError(f"model {self.model!r} has no tokenizer, and vLLM's server (openai_port) takes text")
 
     def model_config(self) -> dict[str, Any]:
         """config.json of the model; the language part where there are several."""

@@ -85,7 +85,8 @@ class Draft:
             top_k=its.top_k,
             seed=None if its.seed is None else its.seed + self.index + SEED_STEP * count,
             stop_token_ids=[*its.stop_token_ids, *(() if its.ignore_eos else eos_token_ids)],
-            ignore_eos=its.ignore_eos,
+            # What ends a sample is said above. vLLM would add its tokenizer's own token, where it has one.
+            ignore_eos=True,
             logprobs=0,
             prompt_logprobs=0 if wants_prompt else None,
             detokenize=False,

@@ -70,9 +70,9 @@ class Links:
         """
         messages: dict[int, list[bytes]] = {}
         futures: list[Future[Reply]] = []
-        for engine, request in requests:
+        payloads = [(engine, msgspec.msgpack.encode(request)) for engine, request in requests]
+        for engine, payload in payloads:
             future: Future[Reply] = Future()
-            payload = msgspec.msgpack.encode(request)
             if request_id := self._enter(_Waiting(engine, future, on_piece)):
                 messages.setdefault(engine, []).append(frame(request_id, payload))
             futures.append(future)

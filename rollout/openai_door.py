@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import dataclasses
 import importlib
 import socket
 from collections.abc import Sequence
@@ -19,8 +18,19 @@ from rollcast.rollout.versioned import VersionedClient
 POLL_S = 0.01
 # vLLM moved its command line between the versions that are supported.
 CLI_MODULES = ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
-# Fields of the engine that are the server's business, and the other way round.
-OF_SERVER, OF_ENGINE = {"served_model_name"}, {"port", "uds"}
+# What can be asked of a server inside an engine. All else is the engine's, or would have no effect.
+OF_HTTP = {"host", "root_path", "api_key", "enable_request_id_headers", "disable_fastapi_docs"}
+OF_BROWSERS = {"allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials"}
+OF_TLS = {"ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"}
+OF_CHATS = {"chat_template", "chat_template_content_format", "trust_request_chat_template", "response_role"}
+OF_CHATS |= {"default_chat_template_kwargs"}
+OF_TOOLS = {"tool_call_parser", "enable_auto_tool_choice", "exclude_tools_when_tool_choice_none"}
+OF_ANSWERS = {"served_model_name", "return_tokens_as_token_ids", "enable_prompt_tokens_details"}
+OF_ANSWERS |= {"enable_force_include_usage", "enable_log_requests", "max_log_len"}
+SETTINGS = OF_HTTP | OF_BROWSERS | OF_TLS | OF_CHATS | OF_TOOLS | OF_ANSWERS
+# With these in its environment, vLLM's server changes weights or pauses by itself.
+NEVER = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+ANY_HOST = ("0.0.0.0", "::")
 
 
 class OpenAIDoor:
@@ -30,23 +40,32 @@ class OpenAIDoor:
         assert launch.openai_port is not None
         self._args = server_args(model=launch.model, flags=launch.openai_flags)
         host = self._args.host or launch.host
-        self._socket = socket.create_server((host, launch.openai_port))
-        self.address = f"http://{host}:{self._socket.getsockname()[1]}/v1"
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, launch.openai_port), family=family)
+        shown = launch.host if host in ANY_HOST else f"[{host}]" if ":" in host else host
+        scheme = "https" if self._args.ssl_certfile else "http"
+        self.address = f"{scheme}://{shown}:{self._socket.getsockname()[1]}/v1"
 
     async def open(self, client: VersionedClient) -> None:
         """Serve, until the process ends. Returns when it does."""
         from vllm.entrypoints.openai.api_server import build_app, init_app_state
 
+        args = self._args
+        # The reasoning parser is there: the engine must know it, too.
+        args.structured_outputs_config = client.vllm_config.structured_outputs_config
         tasks = await client.get_supported_tasks()
-        app = build_app(self._args, tasks, client.model_config)
+        app = build_app(args, tasks, client.model_config)
         client_of_vllm: Any = client
-        await init_app_state(client_of_vllm, app.state, self._args, tasks)
+        await init_app_state(client_of_vllm, app.state, args, tasks)
         config = uvicorn.Config(
             TellVersions(app),
             log_level="warning",
             access_log=False,
-            ssl_keyfile=self._args.ssl_keyfile,
-            ssl_certfile=self._args.ssl_certfile,
+            ssl_keyfile=args.ssl_keyfile,
+            ssl_certfile=args.ssl_certfile,
+            ssl_ca_certs=args.ssl_ca_certs,
+            ssl_cert_reqs=args.ssl_cert_reqs,
+            ssl_ciphers=args.ssl_ciphers,
         )
         server = app.state.server = _Server(config)
         self._serving = asyncio.create_task(server.serve(sockets=[self._socket]))
@@ -66,27 +85,28 @@ class _Server(uvicorn.Server):
 
 
 def server_args(*, model: str, flags: Sequence[str]) -> argparse.Namespace:
-    """Settings of vLLM's server. Raises `ValueError` for flags that it does not have, or that are the engine's."""
+    """Settings of vLLM's server. Raises `ValueError` for flags that it does not have, or that would do nothing here."""
+    from vllm import envs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli = _cli()
+    if dangerous := [name for name in NEVER if getattr(envs, name)]:
+        raise ValueError(f"openai_port: unset {dangerous[0]}, which lets clients change what the engine serves")
+    cli, told = _cli(), f"openai_flags {' '.join(flags)!r}"
     parser = cli.make_arg_parser(FlexibleArgumentParser())
     default = parser.parse_args([])
     try:
         args = parser.parse_args(list(flags))
     except SystemExit:
-        raise ValueError(f"openai_flags {shown(flags)}: not what `vllm serve` takes, see above") from None
-    known = {field.name for field in dataclasses.fields(cli.FrontendArgs)} - OF_ENGINE | OF_SERVER
+        raise ValueError(f"{told}: not what `vllm serve` takes, see above") from None
     for name, value in vars(args).items():
-        if name not in known and repr(value) != repr(getattr(default, name)):
-            raise ValueError(f"openai_flags {shown(flags)}: {name} is not a setting of the server alone")
+        if name not in SETTINGS and repr(value) != repr(getattr(default, name)):
+            raise ValueError(f"{told}: {name} is not a setting of a server inside an engine (try engine_args)")
     args.model = model
     args.served_model_name = args.served_model_name or [Path(model).resolve().name, model]
+    # Of the engine.
+    args.disable_log_stats = True
+    cli.validate_parsed_serve_args(args)
     return args
-
-
-def shown(flags: Sequence[str]) -> str:
-    return repr(" ".join(flags))
 
 
 def _cli() -> Any:

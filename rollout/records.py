@@ -152,7 +152,7 @@ class Description(msgspec.Struct, frozen=True, tag=True):
     torn: str | None
     """Why the engine refuses to generate; None when it serves."""
     requests: int = 0
-    """Under way, of all trainer ranks and of the engine's own server."""
+    """Under way, of all trainer ranks; samples of the engine's own server."""
     openai: str | None = None
     """Base URL of the engine's own OpenAI-compatible server, with `openai_port`."""
 

@@ -9,6 +9,7 @@ from rollcast.rollout.versioned import TOLD, Told
 VERSION_HEADER = "x-rollcast-version"
 JSON, EVENTS = "application/json", "text/event-stream"
 EVENT = "data: "
+OF_BODY = (b"content-type", b"content-length")
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
@@ -17,8 +18,9 @@ class TellVersions:
     """Says with which weights an answer was made.
 
     `policy_version`, and the header, are the newest token's version; `policy_spans` of a choice are [version, first
-    token] pairs. In a stream, the header is the first token's version, and each event has the field. What is refused
-    is status 503.
+    token] pairs. In a stream the header is the first token's version, and each event has the version of its own last
+    token. (Streams of the Responses API begin before there is one, and have no header.) What is refused before it has
+    begun is status 503.
     """
 
     def __init__(self, app: Any) -> None:
@@ -71,16 +73,20 @@ class _Answer:
         """Answer with the reason and status 503, whatever the application says."""
         self.refused = True
         error = {"message": self._told.refusal, "type": "ServiceUnavailableError", "param": None, "code": 503}
-        self._head = {"type": "http.response.start", "status": 503, "headers": [(b"content-type", JSON.encode())]}
-        await self._send_object({"error": error})
+        # Those for browsers stay.
+        kept = [
+            its for its in (self._head or {}).get("headers", ()) if its[0] not in (b"content-type", b"content-length")
+        ]
+        headers = [*kept, (b"content-type", JSON.encode())]
+        self._head = {"type": "http.response.start", "status": 503, "headers": headers}
+        await self._send_object(json.dumps({"error": error}).encode())
 
     async def _send_whole(self, message: Message) -> None:
         """An object goes when it is complete."""
         self._body += message.get("body", b"")
         if message.get("more_body"):
             return
-        content = json.loads(self._body)
-        await self._send_object(_with_choices(content, self._told) if self._told.version is not None else content)
+        await self._send_object(self._body if self._told.version is None else _with_versions(self._body, self._told))
 
     async def _send_piece(self, message: Message) -> None:
         """Events go as they come, and so does what is none of ours."""
@@ -91,8 +97,7 @@ class _Answer:
             body = "\n".join(_told_line(line, self._told) for line in body.decode().split("\n")).encode()
         await self._send({**message, "body": body})
 
-    async def _send_object(self, content: Any) -> None:
-        body = json.dumps(content).encode()
+    async def _send_object(self, body: bytes) -> None:
         await self._send_head({b"content-length": str(len(body)).encode()})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -106,17 +111,24 @@ class _Answer:
         self._head = None
 
 
-def _with_choices(content: dict[str, Any], told: Told) -> dict[str, Any]:
+def _with_versions(body: bytes, told: Told) -> bytes:
     """A response with its version, and each choice with its spans."""
+    content = json.loads(body)
+    if not isinstance(content, dict):
+        return body
     choices = content.get("choices", [])
     if len(choices) == told.samples:
         for choice in choices:
             choice["policy_spans"] = told.spans[choice["index"]]
-    return content | {"policy_version": max(spans[-1][0] for spans in told.spans.values())}
+    return json.dumps(content | {"policy_version": told.version}).encode()
 
 
 def _told_line(line: str, told: Told) -> str:
     """A line of an event stream; with the version, if it is an object."""
     if not line.startswith(EVENT + "{"):
         return line
-    return EVENT + json.dumps(json.loads(line.removeprefix(EVENT)) | {"policy_version": told.version})
+    event = json.loads(line.removeprefix(EVENT))
+    # Samples take turns, and are not always of one version.
+    places = [choice["index"] for choice in event.get("choices", ()) if choice["index"] in told.spans]
+    version = told.spans[places[0]][-1][0] if places else told.version
+    return EVENT + json.dumps(event | {"policy_version": version})

@@ -17,9 +17,9 @@ class Told:
     """What an HTTP response can say of the weights that made it."""
 
     spans: dict[int, Spans] = field(default_factory=dict)
-    """(version, first token) of each sample, in the order of the response's choices."""
+    """(version, first token) of each sample so far, in the order of the response's choices."""
     version: int | None = None
-    """Of the newest token."""
+    """Of the newest token; in a stream, of what goes out next."""
     samples: int = 0
     refusal: str = ""
     """Why there is no answer, if so."""
@@ -55,6 +55,9 @@ class VersionedClient:
         self, prompt: Mapping[str, Any], sampling_params: Any, request_id: str, **more: Any
     ) -> AsyncGenerator[Any, None]:
         """As vLLM's, for a prompt in the form of its `EngineInput`. Raises `EngineError` if nothing is served."""
+        if not isinstance(prompt, Mapping) or prompt.get("type") != "token":
+            # vLLM keeps what an encoder makes of an image by the image alone, whatever its weights were.
+            raise ValueError("this server takes text alone: vLLM would reuse what older weights have made of the rest")
         told = TOLD.get() or Told()
         first, told.samples = told.samples, told.samples + sampling_params.n
         return self._generate(prompt, sampling_params, request_id, told, first, more)
@@ -62,25 +65,25 @@ class VersionedClient:
     async def _generate(
         self, prompt: Mapping[str, Any], params: Any, request_id: str, told: Told, first: int, more: dict[str, Any]
     ) -> AsyncGenerator[Any, None]:
-        results: asyncio.Queue[Any] = asyncio.Queue()
-        samples: list[asyncio.Task[None]] = []
+        results: asyncio.Queue[_Made | _End] = asyncio.Queue()
+        tasks: list[asyncio.Task[None]] = []
         for index, single in enumerate(_singles(params)):
-            sample = _Sample(prompt, single, index, told, first + index, more)
-            samples.append(task := asyncio.create_task(self._make(sample, results.put_nowait)))
+            sample = _Sample(prompt, single, index, first + index, more)
+            tasks.append(task := asyncio.create_task(self._make(sample, results.put_nowait)))
             self._requests.admit(task)
             task.add_done_callback(partial(_end, results))
         try:
-            async for found in _joined(results, len(samples), whole=_is_final(params)):
+            async for found in _joined(results, len(tasks), told, whole=_is_final(params)):
                 found.request_id = request_id
                 yield found
         except EngineError as error:
             told.refusal = str(error)
             raise
         finally:
-            for task in samples:
+            for task in tasks:
                 task.cancel()
 
-    async def _make(self, sample: "_Sample", put: Callable[[Any], None]) -> None:
+    async def _make(self, sample: "_Sample", put: "Callable[[_Made], None]") -> None:
         try:
             await self._run(sample, put)
         except asyncio.CancelledError:
@@ -93,7 +96,7 @@ class VersionedClient:
         if why := self._refusal():
             raise EngineError(why)
 
-    async def _run(self, sample: "_Sample", put: Callable[[Any], None]) -> None:
+    async def _run(self, sample: "_Sample", put: "Callable[[_Made], None]") -> None:
         """Run one sample until it ends; again, if it is taken back before it has begun."""
         finished = False
         while not finished:
@@ -108,10 +111,7 @@ class VersionedClient:
                 (output,) = found.outputs
                 output.index = sample.index
                 sample.count += len(output.token_ids)
-                spans = spans_of(switches, number, sample.count)
-                sample.told.spans[sample.place] = spans
-                sample.told.version = spans[-1][0]
-                put(found)
+                put(_Made(found, sample.place, spans_of(switches, number, sample.count)))
 
 
 @dataclass(slots=True)
@@ -121,7 +121,6 @@ class _Sample:
     prompt: Mapping[str, Any]
     params: Any
     index: int
-    told: Told
     place: int
     """Among all samples of the response."""
     more: dict[str, Any]
@@ -146,29 +145,48 @@ def _singles(params: Any) -> Iterator[Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Made:
+    """What a sample has made: vLLM's `RequestOutput`."""
+
+    found: Any
+    place: int
+    spans: Spans
+    """Of the sample so far."""
+
+
+@dataclass(frozen=True, slots=True)
 class _End:
     """A sample is over."""
 
     error: BaseException | None
 
 
-def _end(results: "asyncio.Queue[Any]", task: "asyncio.Task[None]") -> None:
-    results.put_nowait(_End(None if task.cancelled() else task.exception()))
+def _end(results: "asyncio.Queue[_Made | _End]", task: "asyncio.Task[None]") -> None:
+    results.put_nowait(_End(EngineError("the request was ended") if task.cancelled() else task.exception()))
 
 
-async def _joined(results: "asyncio.Queue[Any]", samples: int, *, whole: bool) -> AsyncGenerator[Any, None]:
-    """What the samples make, until all are over: as it comes, or as one if `whole`."""
-    found: list[Any] = []
+async def _joined(
+    results: "asyncio.Queue[_Made | _End]", samples: int, told: Told, *, whole: bool
+) -> AsyncGenerator[Any, None]:
+    """What the samples make, until all are over: as it comes, or as one if `whole`.
+
+    `told` learns of it when it goes out, not when it was made: a client may be slow.
+    """
+    made: list[Any] = []
     while samples:
         result = await results.get()
-        if not isinstance(result, _End):
-            if not whole:
-                yield result
-            found.append(result)
+        if isinstance(result, _Made):
+            told.spans[result.place] = result.spans
+            told.version = result.spans[-1][0]
+            if whole:
+                made.append(result.found)
+            else:
+                yield result.found
         elif result.error is None:
             samples -= 1
         else:
             raise result.error
-    if whole and found:
-        found[0].outputs = sorted((its.outputs[0] for its in found), key=lambda output: output.index)
-        yield found[0]
+    if made:
+        told.version = max(spans[-1][0] for spans in told.spans.values())
+        made[0].outputs = sorted((its.outputs[0] for its in made), key=lambda output: output.index)
+        yield made[0]

@@ -87,6 +87,17 @@ def test_a_request_goes_over_to_the_new_weights_at_the_token_that_it_says(facts:
     assert long["finish_reason"] == "length"
 
 
+def test_every_event_of_a_stream_has_the_version_of_its_own_tokens(facts: dict[str, Any]) -> None:
+    crossing = facts["crossing"]
+    before, after = crossing["versions"]
+    made_by = [version for version, tokens in crossing["events"] for _ in tokens]
+    cut = made_by.index(after)
+    assert made_by == [before] * cut + [after] * (len(made_by) - cut) and 10 < cut < 150
+    tokens = [token for _, tokens in crossing["events"] for token in tokens]
+    assert tokens[:cut] == crossing["wanted"][:cut]
+    assert crossing["header"] == str(before)
+
+
 def test_guided_text_keeps_its_form_when_a_sync_comes_between(facts: dict[str, Any]) -> None:
     text, spans = facts["guided"]
     assert re.fullmatch("(ab|cd){60}", text)
@@ -113,16 +124,40 @@ def test_a_sleeping_engine_says_so(facts: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--max-model-len", "16"), "'--max-model-len 16': max_model_len is not a setting of the server alone"),
-        (("--port", "16"), "'--port 16': port is not a setting of the server alone"),
+        (
+            ("--max-model-len", "16"),
+            "'--max-model-len 16': max_model_len is not a setting",
+        ),
+        (("--port", "16"), "'--port 16': port is not a setting"),
+        (("--lora-modules", "judge=/path"), "lora_modules is not a setting"),
+        (
+            ("--reasoning-parser", "qwen3"),
+            "reasoning_parser is not a setting of a server inside an engine",
+        ),
+        (("--enable-auto-tool-choice",), "--enable-auto-tool-choice requires --tool-call-parser"),
         (("--no-such", "16"), "'--no-such 16': not what `vllm serve` takes"),
     ],
 )
 def test_flags_that_are_not_the_servers_are_refused(flags: tuple[str, ...], words: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(words)):
+    with pytest.raises((ValueError, TypeError), match=re.escape(words)):
         server_args(model="model", flags=flags)
 
 
-def test_flags_need_a_server() -> None:
-    with pytest.raises(PreflightError, match="set openai_port"):
-        RolloutConfig(model="", dtype="float32", openai_flags=("--enable-log-requests",))
+def test_an_environment_in_which_clients_rule_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    with pytest.raises(ValueError, match="unset VLLM_SERVER_DEV_MODE"):
+        server_args(model="model", flags=())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"openai_flags": ("--enable-log-requests",)}, "set openai_port"),
+        ({"openai_port": -1}, "must be a port or 0, got -1"),
+        ({"openai_port": 9000}, "has no tokenizer"),
+        ({"openai_port": 9000, "deterministic": True}, "leave openai_port out"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(PreflightError, match=words):
+        RolloutConfig(model="", dtype="float32", **settings)

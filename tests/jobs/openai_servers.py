@@ -32,7 +32,6 @@ WAYS = [
     {"mode": "shadow", "kv_cache": "recomputed"},
 ]
 TALK_WAYS = [{"pause_mode": "keep"}, {"pause_mode": "wait"}, {"pause_mode": "abort"}, {"mode": "shadow"}]
-PATTERN = "(ab|cd){60}"
 
 
 def main() -> None:
@@ -68,12 +67,12 @@ def facts(job: rollcast.Job, folder: str) -> dict[str, Any]:
     found["talk"] = talk(job, updates, clients)
     job.pool.call_workers("slow_down", STEP_S)
     found["long"] = [long(updates, tokenizer, client, way) for way in WAYS]
+    found["crossing"] = crossing(updates, tokenizer, client)
     found["guided"] = guided(updates, client)
     found["torn"] = torn(job, updates, client)
     updates.make()
     found["after"] = [whole(client, max_tokens=3)["version"], updates.version]
-    found["asleep"] = asleep(job, client)
-    return found
+    return found | {"asleep": asleep(job, client)}
 
 
 class Updates:
@@ -108,14 +107,23 @@ def whole(client: openai.OpenAI, **options: Any) -> dict[str, Any]:
     }
 
 
-def streamed(client: openai.OpenAI, **options: Any) -> dict[str, Any]:
-    """A chat as a stream: the header, and text and version of each piece."""
+def events_of(client: openai.OpenAI, **options: Any) -> tuple[str, list[Any]]:
+    """A chat as a stream: the header, and each event."""
+    more = {"return_token_ids": True, "ignore_eos": True}
     with client.chat.completions.with_streaming_response.create(
-        model="it", messages=TURNS, stream=True, extra_body={"ignore_eos": True}, **options
+        model="it", messages=TURNS, stream=True, extra_body=more, **options
     ) as raw:
         events = [json.loads(line[6:]) for line in raw.iter_lines() if line.startswith("data: {")]
-    pieces = [[its["choices"][0]["delta"].get("content", ""), its["policy_version"]] for its in events]
-    return {"header": raw.headers["x-rollcast-version"], "pieces": pieces}
+    return raw.headers["x-rollcast-version"], events
+
+
+def streamed(client: openai.OpenAI, **options: Any) -> dict[str, Any]:
+    """The header, and text and version of each piece."""
+    header, events = events_of(client, **options)
+    return {
+        "header": header,
+        "pieces": [[its["choices"][0]["delta"].get("content"), its["policy_version"]] for its in events],
+    }
 
 
 def several(client: openai.OpenAI) -> list[Any]:
@@ -178,9 +186,18 @@ def long(updates: Updates, tokenizer: Any, client: openai.OpenAI, way: dict[str,
     return found | {"way": way, "versions": [version, version + 1], "wanted": wanted[:cut] + after, "cut": cut}
 
 
+def crossing(updates: Updates, tokenizer: Any, client: openai.OpenAI) -> dict[str, Any]:
+    """A stream that a sync meets half way: version and tokens of each event, and what the old weights would say."""
+    version, wanted = updates.version, greedy_tokens(updates.model, tokenizer.encode("abc>"), LONG)
+    request = lambda: events_of(client, temperature=0.0, max_tokens=LONG)  # noqa: E731
+    header, events = half_way(updates.make, request)
+    found = [[its["policy_version"], its["choices"][0].get("token_ids") or []] for its in events]
+    return {"versions": [version, version + 1], "wanted": wanted, "header": header, "events": found}
+
+
 def guided(updates: Updates, client: openai.OpenAI) -> list[Any]:
     """Text that must have a form, met half way by a sync that takes the pool's requests out of vLLM."""
-    options: Any = {"max_tokens": LONG, "extra_body": {"structured_outputs": {"regex": PATTERN}}}
+    options: Any = {"max_tokens": LONG, "extra_body": {"structured_outputs": {"regex": "(ab|cd){60}"}}}
     request = lambda: client.completions.create(model="it", prompt=PROMPT, **options)  # noqa: E731
     answer = half_way(lambda: updates.make(pause_mode="abort"), request)
     return [answer.choices[0].text, answer.choices[0].policy_spans]

@@ -1,0 +1,104 @@
+"""The way out of an answer: its versions, whatever else the application has made of it."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from rollcast.rollout.telling import TellVersions
+from rollcast.rollout.versioned import TOLD, Told
+
+JSON = (b"content-type", b"application/json; charset=utf-8")
+EVENTS = (b"content-type", b"text/event-stream")
+
+
+class App:
+    """Answers with these bodies; before each, it knows what is given beside it."""
+
+    def __init__(self, *pieces: tuple[dict[str, Any], bytes], headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self.pieces = pieces
+        self.headers = list(headers)
+        self.raises: Exception | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        told = TOLD.get()
+        assert isinstance(told, Told)
+        await send({"type": "http.response.start", "status": 200, "headers": self.headers})
+        for place, (known, body) in enumerate(self.pieces):
+            for name, value in known.items():
+                setattr(told, name, value)
+            await send({"type": "http.response.body", "body": body, "more_body": place < len(self.pieces) - 1})
+        if self.raises:
+            raise self.raises
+
+
+def answer(app: App) -> tuple[int, dict[bytes, bytes], list[bytes]]:
+    """Status, headers and bodies, as the client gets them."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(TellVersions(app)({"type": "http"}, None, send))
+    head, *bodies = sent
+    return head["status"], dict(head["headers"]), [its["body"] for its in bodies]
+
+
+def test_an_object_in_pieces_is_completed() -> None:
+    whole = json.dumps({"choices": [{"index": 1}, {"index": 0}]}).encode()
+    known = {"spans": {0: ((3, 0),), 1: ((3, 0), (4, 7))}, "samples": 2, "version": 4}
+    headers = [JSON, (b"content-length", b"%d" % len(whole))]
+    status, heads, (body,) = answer(App(({}, whole[:9]), (known, whole[9:]), headers=headers))
+    content = json.loads(body)
+    assert (status, heads[b"x-rollcast-version"], heads[b"content-length"]) == (200, b"4", b"%d" % len(body))
+    assert content["policy_version"] == 4
+    assert [choice["policy_spans"] for choice in content["choices"]] == [[[3, 0], [4, 7]], [[3, 0]]]
+
+
+def test_events_have_the_version_of_their_own_sample() -> None:
+    def event(place: int) -> bytes:
+        return f'event: it\ndata: {{"choices": [{{"index": {place}}}]}}\n\n'.encode()
+
+    pieces = [
+        ({"spans": {0: ((1, 0),)}, "version": 1}, event(0)),
+        ({"spans": {0: ((1, 0),), 1: ((1, 0), (2, 5))}, "version": 2}, event(0) + event(1)),
+        ({}, b'data: {"usage": 3}\n\ndata: [DONE]\n\n'),
+    ]
+    _, heads, bodies = answer(App(*pieces, headers=[EVENTS]))
+    lines = [line for body in bodies for line in body.decode().splitlines() if line.startswith("data: {")]
+    assert [json.loads(line[6:])["policy_version"] for line in lines] == [1, 1, 2, 2]
+    assert heads[b"x-rollcast-version"] == b"1"
+    assert bodies[0].startswith(b"event: it\n") and bodies[-1].endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("kind", [JSON, EVENTS])
+@pytest.mark.parametrize("raises", [None, RuntimeError("again, as Starlette does")])
+def test_what_is_refused_is_503_and_a_browser_may_read_it(kind: tuple[bytes, bytes], raises: Exception | None) -> None:
+    browser = (b"access-control-allow-origin", b"*")
+    app = App(({"refusal": "torn"}, b'data: {"error": "x"}\n\n'), ({}, b"more"), headers=[kind, browser])
+    app.raises = raises
+    status, heads, bodies = answer(app)
+    assert (status, heads[browser[0]]) == (503, b"*")
+    assert json.loads(b"".join(bodies))["error"]["message"] == "torn"
+
+
+def test_a_stream_that_has_begun_ends_with_the_applications_words() -> None:
+    first = ({"version": 1, "spans": {0: ((1, 0),)}}, b'data: {"choices": []}\n\n')
+    app = App(first, ({"refusal": "torn"}, b'data: {"error": "torn"}\n\n'), headers=[EVENTS])
+    status, _, bodies = answer(app)
+    assert status == 200 and b'"error": "torn"' in bodies[-1]
+
+
+@pytest.mark.parametrize("body", [b"", b"\x1f\x8bzipped", b'{"b": 1,  "a": 2}'])
+def test_what_was_not_generated_is_not_touched(body: bytes) -> None:
+    _, heads, bodies = answer(App(({}, body), headers=[JSON]))
+    assert bodies == [body] and b"x-rollcast-version" not in heads
+
+
+def test_an_error_of_the_applications_own_stays_one() -> None:
+    app = App(({}, b"{}"), headers=[JSON])
+    app.raises = RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="mine"):
+        answer(app)
