@@ -16,9 +16,9 @@ from typing import Any
 
 import openai
 from exact import greedy_tokens
-from models import perturb
 from oracle import said
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from updates import Updates
 
 import rollcast.rollout as rollcast
 
@@ -73,22 +73,6 @@ def facts(job: rollcast.Job, folder: str) -> dict[str, Any]:
     updates.make()
     found["after"] = [whole(client, max_tokens=3)["version"], updates.version]
     return found | {"asleep": asleep(job, client)}
-
-
-class Updates:
-    """Changes the weights and sends them."""
-
-    def __init__(self, job: rollcast.Job, model: Any) -> None:
-        self.model = model
-        self.version = 0
-        self._broadcaster = job.broadcaster(model)
-        # Later syncs are soon over.
-        self._broadcaster.self_test()
-
-    def make(self, **way: Any) -> None:
-        perturb(self.model, seed=self.version + 1)
-        self._broadcaster.sync(version=self.version + 1, **way)
-        self.version += 1
 
 
 def whole(client: openai.OpenAI, **options: Any) -> dict[str, Any]:
