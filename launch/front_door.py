@@ -18,8 +18,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from rollcast.launch.openai_api import ChatRequest, CompletionRequest, Request, error, usage
 from rollcast.launch.wording import CHAT, PLAIN, Wording
 from rollcast.rollout import Completion, EngineError, Pool, Sampling
+from rollcast.rollout.telling import VERSION_HEADER
 
-VERSION_HEADER = "x-rollcast-version"
 START_TIMEOUT_S = 30.0
 POLL_S = 0.5
 

@@ -74,9 +74,7 @@ class _Answer:
         self.refused = True
         error = {"message": self._told.refusal, "type": "ServiceUnavailableError", "param": None, "code": 503}
         # Those for browsers stay.
-        kept = [
-            its for its in (self._head or {}).get("headers", ()) if its[0] not in (b"content-type", b"content-length")
-        ]
+        kept = [its for its in (self._head or {}).get("headers", ()) if its[0] not in OF_BODY]
         headers = [*kept, (b"content-type", JSON.encode())]
         self._head = {"type": "http.response.start", "status": 503, "headers": headers}
         await self._send_object(json.dumps({"error": error}).encode())
