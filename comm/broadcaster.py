@@ -9,7 +9,7 @@ import torch
 from rollcast.comm.buckets import Message, aligned
 from rollcast.comm.checksum import checksum
 from rollcast.comm.deadline import Deadline
-from rollcast.comm.group import Group
+from rollcast.comm.group import Group, Parcel, Work
 from rollcast.comm.plan import Lane, TransferPlan
 from rollcast.comm.region import Region
 from rollcast.comm.report import PhaseTimer
@@ -27,7 +27,8 @@ class WeightBroadcaster:
         broadcaster.send(groups, deadline=Deadline(60), timer=PhaseTimer())      # groups: {lane index: group}
 
     Bucket k + 1 is packed while bucket k is on the wire. Buffers are made at the first send and kept; so are the
-    views of weights that stay where they are, and then no weight costs a line of Python.
+    views of weights that stay where they are, and then no weight costs a line of Python, and what needs no buffer is on
+    its way at once.
     """
 
     def __init__(self, source: WeightSource, plan: TransferPlan, *, rank: int = 0, device: torch.device) -> None:
@@ -94,6 +95,7 @@ class WeightBroadcaster:
             for lane in self._lanes.values():
                 for load in lane.feed(param, tensor):
                     if steady is not None:
+                        load.stays = True
                         made.append(load)
                     yield load
         self._bound = (steady, made) if steady is not None else None
@@ -105,8 +107,10 @@ class _Load:
 
     lane: int
     turn: int
-    tensors: list[torch.Tensor]
+    tensors: Parcel
     """Of each message: the bytes to send, from where they are or in the bucket's buffer."""
+    stays: bool = False
+    """Whether the weights stay where they are. Else they are let go when they are sent."""
     rooms: list[torch.Tensor] = field(default_factory=list)
     parts: list[torch.Tensor] = field(default_factory=list)
     """What is copied into `rooms`, views of the buffer, before."""
@@ -133,6 +137,7 @@ class _LaneSender:
         self._rooms: list[dict[int, int]] = []
         used = [self._place(turn, formats, device.type) for turn in range(len(lane.buckets))]
         self.window = Window(max(used), device=device)
+        self._works: list[Work] = []
         self._load: _Load | None = None
 
     def _place(self, turn: int, formats: Formats, device: str) -> int:
@@ -158,6 +163,7 @@ class _LaneSender:
         self._sums: list[torch.Tensor] | None = [] if checksums else None
         self._turn, self._sent = 0, 0
         self._load = None
+        self._works.clear()
         self.window.forget()
 
     def feed(self, param: int, tensor: torch.Tensor) -> Iterator[_Load]:
@@ -182,9 +188,11 @@ class _LaneSender:
 
     def flush(self, load: _Load) -> None:
         """Pack the bucket and put it on the wire."""
+        waits = bool(load.rooms) or not load.stays
         with self._timer("wire"):
             # The buffer is free once the broadcast that used it last is done.
-            self.window.wait(load.turn, deadline=self._deadline)
+            if waits:
+                self.window.wait(load.turn, deadline=self._deadline)
         with self._timer("pack"):
             if load.rooms:
                 torch._foreach_copy_(load.rooms, load.parts)
@@ -193,13 +201,18 @@ class _LaneSender:
                 self._sums += [checksum(tensor) for tensor in load.tensors]
         with self._timer("wire"):
             work = self._group.broadcast(load.tensors, root=0, deadline=self._deadline)
-            self.window.put(load.turn, work, held=load)
+            if waits:
+                self.window.put(load.turn, work, held=load)
+            else:
+                self._works.append(work)
         self._sent += 1
 
     def finish(self) -> None:
         """Wait until everything is there; send the checksums."""
         assert self._sent == len(self._buckets)
         with self._timer("wire"):
+            for work in self._works:
+                work.wait(self._deadline)
             self.window.drain(deadline=self._deadline)
             if self._sums:
                 sums = torch.stack(self._sums).view(torch.uint8)
@@ -208,7 +221,7 @@ class _LaneSender:
     def _begin(self) -> _Load:
         """The next bucket, with the views of its buffer that will be sent."""
         turn, self._turn = self._turn, self._turn + 1
-        tensors = [NOTHING] * len(self._buckets[turn].messages)
+        tensors = Parcel([NOTHING] * len(self._buckets[turn].messages))
         for index, room in self._rooms[turn].items():
             message = self._buckets[turn].messages[index]
             tensors[index] = self.window.buffer(turn)[room : room + message.nbytes]

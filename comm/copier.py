@@ -1,16 +1,21 @@
 """Many copies as one: within a device, or from memory of another that is mapped here (worker)."""
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-# Measured on H200: 4.6 TB/s read and written, where torch._foreach_copy_ reaches 2.1; 375 GB/s from another GPU. Larger
-# chunks are no faster, and the last ones take longer to end.
+# Measured on H200: 4.6 TB/s read and written, where torch._foreach_copy_ reaches 2.1; 375 GB/s from another GPU, where
+# the copy engines reach 396. Larger chunks are no faster, and the last ones take longer to end.
 CHUNK_BYTES = 1 << 16
 THREADS = 1024
+# From here on a copy of its own, by a copy engine, is worth the microseconds that pass between two of them; and from
+# here on if others need the multiprocessors.
+ENGINE_BYTES = 16 << 20
+GENTLE_ENGINE_BYTES = 256 << 10
+MEMCPY_DEFAULT = 4
 KERNEL = r"""
 extern "C" __global__ void copy_chunks(const unsigned long long* table) {
     // Target, source and bytes of one chunk.
@@ -56,6 +61,58 @@ class FusedCopy:
             copy_chunks(self._chunks)
         if self._targets:
             torch._foreach_copy_(self._targets, self._sources)
+
+
+class Copies:
+    """Copies (target, source, bytes) of device memory, some of it another GPU's, made again and again.
+
+    Many small ones are one kernel. Large ones go to the copy engines, which are faster between two GPUs, and leave the
+    multiprocessors to others; as a CUDA graph, for each call would give the interpreter to other threads for a while.
+    """
+
+    def __init__(self, places: Sequence[tuple[int, int, int]], *, device: torch.device, stream: Any) -> None:
+        self._places = places
+        self._device = device
+        self._stream = stream
+        self._made: dict[bool, tuple[torch.Tensor | None, Callable[[], object]]] = {}
+
+    def run(self, *, gentle: bool) -> None:
+        """Copy, on the stream; `gentle` if others need the multiprocessors."""
+        if self._device.type != "cuda":
+            _memcpy(self._places, self._stream.cuda_stream)
+            return
+        with torch.cuda.stream(self._stream):
+            if gentle not in self._made:
+                self._made[gentle] = self._make(GENTLE_ENGINE_BYTES if gentle else ENGINE_BYTES)
+            table, by_engine = self._made[gentle]
+            if table is not None:
+                copy_chunks(table)
+            by_engine()
+
+    def _make(self, engine_bytes: int) -> tuple[torch.Tensor | None, Callable[[], object]]:
+        """The kernel's table, and what lets the copy engines do the rest."""
+        small = [its for its in self._places if its[2] < engine_bytes and is_aligned(*its[:2])]
+        kept = set(small)
+        large = [its for its in self._places if its not in kept]
+        # Pinned, or the table would wait for the copies before it, and this thread with it.
+        table = chunks(small).pin_memory().to(self._device, non_blocking=True) if small else None
+        pointer = self._stream.cuda_stream
+        if len(large) < 2:
+            return table, partial(_memcpy, large, pointer)
+        recorder = _cupy().cuda.ExternalStream(pointer)
+        recorder.begin_capture()
+        try:
+            _memcpy(large, pointer)
+        finally:
+            graph = recorder.end_capture()
+        return table, partial(graph.launch, recorder)
+
+
+def _memcpy(places: Sequence[tuple[int, int, int]], stream: int) -> None:
+    from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]  (CUDA machines only)
+
+    for target, source, nbytes in places:
+        runtime.memcpyAsync(target, source, nbytes, MEMCPY_DEFAULT, stream)
 
 
 def chunks(places: Sequence[tuple[int, int, int]]) -> torch.Tensor:

@@ -105,6 +105,10 @@ class GlooGroup:
             self.close()
         return work
 
+    def ready(self) -> bool:
+        """See `Group.ready`."""
+        return True
+
     def release(self) -> None:
         """See `Group.release`."""
 

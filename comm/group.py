@@ -7,7 +7,7 @@ reaches the other ranks over the control plane.
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import distributed as dist
@@ -16,6 +16,17 @@ from rollcast.comm.deadline import Deadline
 from rollcast.comm.gloo import GlooGroup
 
 TRANSPORTS = ("gloo", "nccl", "ipc")
+
+
+class Parcel(list[torch.Tensor]):
+    """Tensors that are broadcast again and again, and stay where they are for as long as this lives."""
+
+    note: tuple[Any, Any] | None = None
+    """What a group knows of them: the circumstances under which it holds, and what."""
+
+    def known(self, when: Any) -> Any:
+        """What was noted under just these circumstances, else None."""
+        return self.note[1] if self.note is not None and self.note[0] == when else None
 
 
 class Work(Protocol):
@@ -37,8 +48,13 @@ class Group(Protocol):
     def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> Work:
         """Start to copy every tensor (contiguous uint8, not empty) from rank `root` to all others. Collective.
 
-        One grouped collective: both sides pass as many tensors, of the same sizes in the same order.
+        One grouped collective: both sides pass as many tensors, of the same sizes in the same order. What comes again
+        in the next sync is a `Parcel`.
         """
+        ...
+
+    def ready(self) -> bool:
+        """Whether `broadcast` can start without a wait for the root. (Only some transports wait.)"""
         ...
 
     def release(self) -> None:

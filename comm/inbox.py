@@ -6,6 +6,8 @@ import torch
 
 from rollcast.comm.buckets import Message, aligned
 from rollcast.comm.copier import FusedCopy
+from rollcast.comm.deadline import Deadline
+from rollcast.comm.group import Parcel, Work
 from rollcast.comm.region import flat_bytes
 from rollcast.comm.window import Window
 
@@ -95,8 +97,16 @@ class Ahead:
         sizes = [aligned(tensor.numel()) for tensor in live]
         rooms = [room[: tensor.numel()] for room, tensor in zip(spare.split(sizes), live, strict=True)]
         places = iter(rooms)
-        self.posted = [next(places) if box.in_place else tensor for box, tensor in zip(bucket, tensors, strict=True)]
+        pairs = zip(bucket, tensors, strict=True)
+        self.posted = Parcel(next(places) if box.in_place else tensor for box, tensor in pairs)
         self.copy = FusedCopy(live, rooms)
+        self.work: Work | None = None
+
+    def wait(self, deadline: Deadline) -> None:
+        """Until the bucket has arrived beside the live parameters."""
+        work, self.work = self.work, None
+        assert work is not None
+        work.wait(deadline)
 
 
 def spare_bytes(bucket: list[Inbox]) -> int:

@@ -1,8 +1,7 @@
 """Broadcasts between processes of one machine that read each other's GPU memory (both sides; needs cupy).
 
 The sender tells where its bytes are, and every receiver copies them: over NVLink between two GPUs, faster than NCCL
-does; within one GPU, where NCCL cannot join at all. One kernel copies all tensors of a broadcast. A `gentle` receiver
-leaves its multiprocessors to others and uses the copy engines, which need some microseconds more for each tensor.
+does; within one GPU, where NCCL cannot join at all.
 """
 
 import contextlib
@@ -19,25 +18,16 @@ from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]  (CUDA ma
 from torch import distributed as dist
 
 from rollcast.comm.buckets import aligned
-from rollcast.comm.copier import chunks, copy_chunks, is_aligned
-from rollcast.comm.cuda import Allocation, EventWork, allocation, exportable_bytes
+from rollcast.comm.copier import Copies
+from rollcast.comm.cuda import EventWork, exportable_bytes
 from rollcast.comm.deadline import Deadline, nap
 from rollcast.comm.gpus import gpu_uuid
+from rollcast.comm.group import Parcel
 from rollcast.comm.lines import call, listen
+from rollcast.comm.offers import Offer, Surveyor
 from rollcast.comm.peers import Peer, PeerError, host_name, meet
 
 ACK = b"read"
-MEMCPY_DEFAULT = 4
-MAX_TABLES = 1024
-
-
-class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """Where the bytes of one broadcast are."""
-
-    allocations: list[tuple[bytes, int, int, int]]
-    """CUDA IPC handle, address at the sender, bytes, and the sender's number of it."""
-    parts: list[tuple[int, int, int]]
-    """Of each tensor: index of its allocation, first byte in it, bytes."""
 
 
 class IpcGroup:
@@ -62,10 +52,11 @@ class IpcGroup:
         # By address, bytes and number at the sender: where its allocations are here.
         self._mapped: dict[tuple[int, int, int], int] = {}
         self._mapping = threading.Lock()
-        # Of this side's allocations, by address: number and handle.
-        self._handles: dict[int, tuple[int, bytes]] = {}
+        self._surveyor = Surveyor()
+        # What parcels are noted under.
+        self._here = object()
         self._stages: dict[int, torch.Tensor] = {}
-        self._tables: dict[tuple[tuple[int, int, int], ...], torch.Tensor] = {}
+        self._unmapped = 0
         self._offered = 0
         self.read = [0] * len(self._lines)
         """Sender: broadcasts that each receiver has read."""
@@ -79,11 +70,14 @@ class IpcGroup:
         with torch.cuda.device(self.device):
             return self._read(tensors, deadline) if self.rank else self._offer(tensors, deadline)
 
+    def ready(self) -> bool:
+        """See `Group.ready`."""
+        return self.rank == 0 or self._lines[0].poll(0)
+
     def release(self) -> None:
         """See `Group.release`."""
         with self._mapping, torch.cuda.device(self.device):
             self._unmap(list(self._mapped))
-            self._tables.clear()
 
     def close(self) -> None:
         """See `Group.close`."""
@@ -121,42 +115,27 @@ class IpcGroup:
         return self._peers[line + 1 if self.rank == 0 else 0].name
 
     def _offer(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> "OfferWork":
-        offer = self._describe(tensors)
-        if offer is None:
-            offer = self._describe(self._staged(tensors, deadline))
-            assert offer is not None
+        message = self._message(tensors, deadline)
         # Other processes know nothing of this one's streams: what is offered must be there.
         torch.cuda.current_stream(self.device).synchronize()
-        message = msgspec.msgpack.encode(offer)
         for line in range(len(self._lines)):
             self.tell(line, message)
         self._offered += 1
         return OfferWork(self, self._offered)
 
-    def _describe(self, tensors: Sequence[torch.Tensor]) -> Offer | None:
-        """Where the tensors are; None if one is in memory that others cannot map."""
-        indices: dict[int, int] = {}
-        found: list[tuple[bytes, int, int, int]] = []
-        parts: list[tuple[int, int, int]] = []
-        place = Allocation(0, 0, 0, exportable=True)
-        for tensor in tensors:
-            address, nbytes = tensor.data_ptr(), tensor.numel()
-            if not place.start <= address < place.start + place.nbytes:
-                place = allocation(address)
-                if not place.exportable:
-                    return None
-                if place.start not in indices:
-                    indices[place.start] = len(found)
-                    found.append((self._handle(place), place.start, place.nbytes, place.number))
-            parts.append((indices[place.start], address - place.start, nbytes))
-        return Offer(found, parts)
-
-    def _handle(self, place: Allocation) -> bytes:
-        number, handle = self._handles.get(place.start, (None, b""))
-        if number != place.number:
-            handle = runtime.ipcGetMemHandle(place.start)
-            self._handles[place.start] = place.number, handle
-        return handle
+    def _message(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> bytes:
+        """The offer of these tensors, or of copies of them. A parcel's memory is not freed, so it is found once."""
+        if isinstance(tensors, Parcel) and (known := tensors.known(self._here)):
+            return known
+        offer = self._surveyor.offer(tensors)
+        if offer is None:
+            offer = self._surveyor.offer(self._staged(tensors, deadline))
+            assert offer is not None
+            return msgspec.msgpack.encode(offer)
+        message = msgspec.msgpack.encode(offer)
+        if isinstance(tensors, Parcel):
+            tensors.note = (self._here, message)
+        return message
 
     def _staged(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> list[torch.Tensor]:
         """Copies in memory that can be mapped, one after the other. Two stages are used in turn."""
@@ -171,39 +150,33 @@ class IpcGroup:
         return copies
 
     def _read(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> "ReadWork":
-        offer = msgspec.msgpack.decode(self.take(0, what="a broadcast over CUDA IPC", deadline=deadline), type=Offer)
-        if [nbytes for _, _, nbytes in offer.parts] != [tensor.numel() for tensor in tensors]:
-            raise RuntimeError("the sender offers other tensors than this side expects")
+        message = self.take(0, what="a broadcast over CUDA IPC", deadline=deadline)
         # What is written may be in use by earlier work of the current stream.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with self._mapping:
             if self.closed:
                 raise RuntimeError("the weight group is closed")
-            bases = [self._map(*allocation) for allocation in offer.allocations]
-            pairs = zip(tensors, offer.parts, strict=True)
-            self._copy([(tensor.data_ptr(), bases[place] + start, nbytes) for tensor, (place, start, nbytes) in pairs])
+            self._copies(tensors, message).run(gentle=self.gentle)
         done = torch.cuda.Event()
         done.record(self._stream)
         return ReadWork(self, done)
 
-    def _copy(self, places: Sequence[tuple[int, int, int]]) -> None:
-        """Copy (target, source, bytes) of one offer."""
-        by_kernel = [] if self.gentle or self.device.type != "cuda" else [its for its in places if is_aligned(*its[:2])]
-        if by_kernel:
-            with torch.cuda.stream(self._stream):
-                copy_chunks(self._table(tuple(by_kernel)))
-        for target, source, nbytes in places:
-            if not by_kernel or not is_aligned(target, source):
-                runtime.memcpyAsync(target, source, nbytes, MEMCPY_DEFAULT, self._stream.cuda_stream)
-
-    def _table(self, places: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
-        """The pieces of these copies, on the device. The same places come again at every sync."""
-        if places not in self._tables:
-            if len(self._tables) == MAX_TABLES:
-                self._tables.clear()
-            # Pinned, or the table would wait for the copies before it, and this thread with it.
-            self._tables[places] = chunks(places).pin_memory().to(self.device, non_blocking=True)
-        return self._tables[places]
+    def _copies(self, tensors: Sequence[torch.Tensor], message: bytes) -> Copies:
+        """What an offer asks for. It is the same for a parcel at every sync, if the sender's memory is."""
+        when = self._here, message, self._unmapped
+        if isinstance(tensors, Parcel) and (known := tensors.known(when)):
+            return known
+        offer = msgspec.msgpack.decode(message, type=Offer)
+        if [nbytes for _, _, nbytes in offer.parts] != [tensor.numel() for tensor in tensors]:
+            raise RuntimeError("the sender offers other tensors than this side expects")
+        bases = [self._map(*allocation) for allocation in offer.allocations]
+        pairs = zip(tensors, offer.parts, strict=True)
+        places = [(tensor.data_ptr(), bases[place] + start, nbytes) for tensor, (place, start, nbytes) in pairs]
+        copies = Copies(places, device=self.device, stream=self._stream)
+        if isinstance(tensors, Parcel):
+            # Mapping may have unmapped what was there before.
+            tensors.note = ((self._here, message, self._unmapped), copies)
+        return copies
 
     def _map(self, handle: bytes, start: int, nbytes: int, number: int) -> int:
         """The address here of an allocation of the sender's."""
@@ -216,6 +189,7 @@ class IpcGroup:
 
     def _unmap(self, keys: Sequence[tuple[int, int, int]]) -> None:
         if keys:
+            self._unmapped += 1
             self._stream.synchronize()
         for key in keys:
             runtime.ipcCloseMemHandle(self._mapped.pop(key))

@@ -58,6 +58,10 @@ class NcclGroup:
         """The name of a rank that has closed the group. NCCL itself lets the others wait for it."""
         return self._store.get(LEFT).decode() if self._store.check([LEFT]) else None
 
+    def ready(self) -> bool:
+        """See `Group.ready`."""
+        return True
+
     def release(self) -> None:
         """See `Group.release`."""
 

@@ -39,7 +39,9 @@ class Places:
     def _look(self) -> list[list[Any]]:
         """What changes when a tensor is given other memory. (A tensor's shape takes ten times as long.)"""
         questions = (torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous, _dtype)
-        return [list(map(question, self.tensors)) for question in questions]
+        # vLLM's parameters would answer each through Python, twenty times as slowly.
+        with torch._C.DisableTorchFunctionSubclass():
+            return [list(map(question, self.tensors)) for question in questions]
 
 
 def identity(tensor: torch.Tensor) -> object:

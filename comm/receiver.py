@@ -4,12 +4,15 @@ import torch
 
 from rollcast.comm.checksum import checksum
 from rollcast.comm.deadline import Deadline
-from rollcast.comm.group import Group
+from rollcast.comm.group import Group, Parcel
 from rollcast.comm.inbox import Ahead, Inbox, Landing, VerifyError, lay_out, spare_bytes
 from rollcast.comm.plan import Lane
 from rollcast.comm.report import PhaseTimer
 from rollcast.comm.window import DEPTH, Window
 
+# Buckets that may travel while live parameters are still read: as long as a wire is busy in the time of a decoding step
+# or two.
+AHEAD = 4
 DAMAGED = "arrived damaged: its checksum is not the sender's"
 
 
@@ -34,15 +37,21 @@ class WeightReceiver:
         ]
         self._window = Window(max((lay_out(bucket) for bucket in self._buckets), default=0), device=device)
         # Posted tensors and their copies into live parameters are the same at every sync.
-        self._bound: dict[int, tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._bound: dict[int, tuple[Parcel, list[torch.Tensor], list[torch.Tensor]]] = {}
         self._ahead: list[Ahead] = []
         self.started = 0
         """Buckets that travel since `start`."""
 
-    @property
-    def ahead_bytes(self) -> int:
-        """Memory that the first `start` takes, and keeps."""
-        return 0 if self._ahead else sum(spare_bytes(bucket) for bucket in self._buckets[:DEPTH])
+    def get_ahead(self, spare: int) -> bool:
+        """Make ready for `start`, in at most `spare` bytes of memory, which are kept. Whether there is room for any."""
+        if not self._ahead:
+            buffered = any(not box.in_place for bucket in self._buckets[:AHEAD] for box in bucket)
+            for turn, bucket in enumerate(self._buckets[: DEPTH if buffered else AHEAD]):
+                spare -= spare_bytes(bucket)
+                if spare < 0:
+                    break
+                self._ahead.append(Ahead(bucket, self._bind(turn)[0]))
+        return bool(self._ahead)
 
     def release(self) -> None:
         """Give spare memory and buffers back; they are made again when they are needed."""
@@ -51,13 +60,18 @@ class WeightReceiver:
         self._window.release()
 
     def start(self, group: Group, *, deadline: Deadline) -> None:
-        """Start to receive the first buckets, beside the live parameters. `receive` goes on from there."""
-        if not self._ahead:
-            self._ahead = [Ahead(bucket, self._bind(turn)[0]) for turn, bucket in enumerate(self._buckets[:DEPTH])]
+        """Start to receive what there is of the first buckets, beside the live parameters, after `get_ahead`.
+
+        `receive` goes on from there.
+        """
         self._window.forget()
-        for turn, ahead in enumerate(self._ahead):
-            self._window.put(turn, group.broadcast(ahead.posted, root=0, deadline=deadline))
-        self.started = len(self._ahead)
+        started = 0
+        for ahead in self._ahead:
+            if started and not group.ready():
+                break
+            ahead.work = group.broadcast(ahead.posted, root=0, deadline=deadline)
+            started += 1
+        self.started = started
 
     def receive(self, group: Group, *, deadline: Deadline, timer: PhaseTimer, checksums: bool = False) -> None:
         """Receive and land every weight once. Collective over the lane.
@@ -76,7 +90,10 @@ class WeightReceiver:
                 with timer("wire"):
                     # Before the wait: the wire must not stand still between two buckets.
                     self._post(turn + 1, group, deadline, started)
-                    self._window.wait(turn, deadline=deadline)
+                    if turn < started:
+                        self._ahead[turn].wait(deadline)
+                    else:
+                        self._window.wait(turn, deadline=deadline)
                 if checksums:
                     with timer("verify"):
                         sums += map(checksum, self._ahead[turn].posted if turn < started else self._bind(turn)[0])
@@ -120,10 +137,10 @@ class WeightReceiver:
             self._window.wait(turn, deadline=deadline)
             self._window.put(turn, group.broadcast(self._bind(turn)[0], root=0, deadline=deadline))
 
-    def _bind(self, turn: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    def _bind(self, turn: int) -> tuple[Parcel, list[torch.Tensor], list[torch.Tensor]]:
         """Of a bucket: the tensors to receive into; targets and sources of the copies into live parameters."""
         if turn not in self._bound:
-            posted, targets, sources = [], [], []
+            posted, targets, sources = Parcel(), [], []
             for box in self._buckets[turn]:
                 posted.append(box.posted(self._window, turn))
                 if box.copied:

@@ -123,7 +123,7 @@ class SyncedWorker:
         with gate.beside() as stream:
             # Workers of one engine would wait for each other, and the sender for one of them.
             alone = self.rollcast_bell.workers == 1
-            if group and alone and gate.busy and receiver.ahead_bytes <= spare_bytes(receiver.device):
+            if group and alone and gate.busy and receiver.get_ahead(spare_bytes(receiver.device)):
                 # Steps need the GPU.
                 group.gentle = True
                 receiver.start(group, deadline=deadline)

@@ -171,6 +171,9 @@ class Tapped:
         self.nbytes += sum(tensor.nbytes for tensor in tensors)
         return TappedWork(self.group.broadcast(tensors, root=root, deadline=deadline), tensors, damage)
 
+    def ready(self) -> bool:
+        return True
+
     def release(self) -> None: ...
 
     def close(self) -> None:

@@ -15,9 +15,11 @@ import torch
 
 from rollcast.comm import Deadline, host_store, join_group
 from rollcast.comm.cuda import Allocation
+from rollcast.comm.group import Parcel
 
 CPU = torch.device("cpu")
 PAGE = 1 << 12
+MODULES = ("rollcast.comm.ipc", "rollcast.comm.offers")
 
 
 class Runtime:
@@ -26,8 +28,10 @@ class Runtime:
     def __init__(self) -> None:
         self.mapped: list[int] = []
         self.number = 0
+        self.asked = 0
 
     def allocation(self, address: int) -> Allocation:
+        self.asked += 1
         return Allocation(address // PAGE * PAGE, 1 << 20, self.number, exportable=True)
 
     def ipcGetMemHandle(self, address: int) -> bytes:
@@ -59,17 +63,20 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     packages["cupy.cuda"].runtime = fake
     for name, module in packages.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "rollcast.comm.ipc", raising=False)
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     ipc = importlib.import_module("rollcast.comm.ipc")
-    monkeypatch.setattr(ipc, "allocation", fake.allocation)
+    monkeypatch.setattr(sys.modules["rollcast.comm.offers"], "allocation", fake.allocation)
     monkeypatch.setattr(ipc, "gpu_uuid", lambda device: f"GPU-{device}")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     event = SimpleNamespace(record=lambda stream: None, query=lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     yield fake
-    monkeypatch.delitem(sys.modules, "rollcast.comm.ipc", raising=False)
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 class Side:
@@ -106,7 +113,11 @@ class Side:
 
 
 def receive(group: Any, tensor: torch.Tensor) -> None:
-    group.broadcast([tensor], root=0, deadline=Deadline(10)).wait(Deadline(10))
+    pass_on(group, [tensor])
+
+
+def pass_on(group: Any, tensors: list[torch.Tensor]) -> None:
+    group.broadcast(tensors, root=0, deadline=Deadline(10)).wait(Deadline(10))
 
 
 def test_every_receiver_reads_what_is_offered(runtime: Runtime) -> None:
@@ -130,6 +141,29 @@ def test_memory_that_was_freed_is_not_kept_mapped(runtime: Runtime) -> None:
     runtime.number += 1
     side.broadcast(source)
     assert len(runtime.mapped) == 1
+
+
+def test_what_comes_again_is_found_once_and_anew_after_a_release(runtime: Runtime) -> None:
+    side = Side(1)
+    source, target = Parcel([torch.zeros(100, dtype=torch.uint8)]), Parcel([torch.zeros(100, dtype=torch.uint8)])
+    assert not side.receivers[0].ready()
+    for turn in range(6):
+        source[0].fill_(turn)
+        if turn == 3:
+            side.receivers[0].release()
+            assert runtime.mapped == []
+        if turn == 5:
+            # The sender has other memory now.
+            runtime.number += 1
+            source = Parcel([torch.full((100,), turn, dtype=torch.uint8)])
+        asked = runtime.asked
+        reading = side.threads.submit(pass_on, side.receivers[0], target)
+        pass_on(side.sender, source)
+        reading.result(10)
+        assert torch.equal(target[0], source[0])
+        assert (runtime.asked > asked) == (turn in (0, 5)) and runtime.mapped
+    side.sender.broadcast(source, root=0, deadline=Deadline(10))
+    assert side.receivers[0].ready()
 
 
 def test_other_sizes_are_refused(runtime: Runtime) -> None:

@@ -149,21 +149,30 @@ def stretches(weights: Weights, bucket_bytes: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("checksums", [False, True])
-def test_the_first_buckets_travel_while_live_parameters_are_read(checksums: bool) -> None:
-    sides = Sides(WeightSource(weights := every_kind(seed=3)))
+@pytest.mark.parametrize(
+    "room, wide, buckets", [(1 << 20, False, 4), (5 * BUCKET_BYTES // 2, False, 2), (1 << 20, True, 2)]
+)
+def test_the_first_buckets_travel_while_live_parameters_are_read(
+    checksums: bool, room: int, wide: bool, buckets: int
+) -> None:
+    source = WeightSource(weights := every_kind(seed=3))
+    first, *others = whole_moves(source.manifest)
+    sides = Sides(source, moves=(widened(source.manifest)[0] if wide else first, *others))
     (memory,), receiver = sides.memories, sides.receivers[0]
-    assert 0 < receiver.ahead_bytes <= 3 * BUCKET_BYTES
+    assert not receiver.get_ahead(100)
+    assert receiver.get_ahead(room)
     with Ranks([0]) as ranks:
         for turn in range(3):
             before = {name: tensor.clone() for name, tensor in memory.tensors.items()}
             sent = ranks.start(send, sides.broadcaster, ranks.senders, checksums=checksums)
             if turn != 1:
                 receiver.start(ranks.workers[0], deadline=Deadline(LONG_S))
+                assert receiver.started == buckets
                 time.sleep(0.2)
                 check_same_bytes(memory.tensors, before)
             receive(receiver, ranks.workers[0], checksums=checksums)
             sent.result(LONG_S)
-            check_same_bytes(memory.tensors, weights)
+            check_same_bytes(memory.tensors, weights | ({"float32": weights["float32"].double()} if wide else {}))
             weights["float32"].add_(1.0)
 
 
@@ -216,6 +225,9 @@ class Nobody:
     def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> "Lasting":
         self.devices |= {tensor.device.type for tensor in tensors}
         return Lasting(tensors)
+
+    def ready(self) -> bool:
+        return True
 
     def release(self) -> None: ...
 

@@ -79,6 +79,9 @@ class FlippingGroup:
         FAULT.write_text("")
         return FlippingWork(work, tensors[0])
 
+    def ready(self) -> bool:
+        return True
+
     def release(self) -> None: ...
 
     def close(self) -> None:

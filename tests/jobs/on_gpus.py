@@ -3,6 +3,7 @@
 on_gpus.py MODEL_FOLDER REPORT.json TRANSPORT
 """
 
+import gc
 import json
 import sys
 import time
@@ -91,6 +92,8 @@ def failing(job: rollcast.Job, broadcaster: rollcast.PoolBroadcaster, *, version
 
 
 def memory(job: rollcast.Job) -> list[int]:
+    # What a failed sync's exception held.
+    gc.collect()
     ((worker,),) = job.pool.call_workers("memory")
     return [*worker, torch.cuda.memory_allocated(), torch.cuda.memory_reserved()]
 
