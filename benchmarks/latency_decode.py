@@ -17,12 +17,13 @@ PROMPT_TOKENS = 4
 WINDOW_STEPS = 12
 WINDOW_S = 0.15
 STEADY_STEPS = 16
-SPAN = 3
+# Behind an update: what its last copy delays.
+LATE_STEPS = 3
 START_TIMEOUT_S = 60.0
 POLL_S = 0.05
 
 Step = tuple[float, int]
-"""When a step began, on the clock of the machine, and how many tokens it makes."""
+"""When the model has run, on the clock of the machine, and how many tokens that makes."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class Stop:
     """What one update did to decoding."""
 
     gap_s: float
-    """Longest time that `SPAN` steps took which the update was in between, or under way in, less the median time of
-    all but one of them. A step's GPU work may be late without the step, which the next ones then make up for."""
+    """Longest time between two steps that the update was in between, or under way in, or that end just behind it."""
     step_s: float
     """Median time between two steps just before."""
     tokens_per_s: dict[str, float]
@@ -98,12 +98,10 @@ def _update(
 
 def _stop(steps: Sequence[Step], start: float, end: float, window_s: float) -> Stop:
     """What happened around an update from `start` to `end`."""
-    starts = [at for at, _ in steps]
-    pairs = list(pairwise(starts))
+    pairs = list(pairwise(at for at, _ in steps))
     before = [later - at for at, later in pairs if start - window_s <= at and later <= start]
     step_s = statistics.median(before) if before else 0.0
-    spans = zip(starts, starts[SPAN:], strict=False)
-    around = [later - at - (SPAN - 1) * step_s for at, later in spans if later > start and at < end]
+    around = [later - at for at, later in pairs if later > start and at < end + LATE_STEPS * step_s]
     rates = {
         "before": _rate(steps, start - window_s, start),
         "during": _rate(steps, start, end),

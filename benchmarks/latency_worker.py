@@ -17,7 +17,8 @@ class BenchWorker(RollcastWorker):
 
     bench_group: Group | None = None
     bench_buffer: torch.Tensor | None = None
-    bench_steps: list[tuple[float, int]]
+    bench_steps: list[tuple[Any, int]]
+    bench_zero: tuple[float, Any]
     bench_execute: Any
 
     def bench_facts(self) -> dict[str, Any]:
@@ -89,26 +90,52 @@ class BenchWorker(RollcastWorker):
         return peak_bytes()
 
     def bench_watch(self) -> None:
-        """Note the time and the number of tokens of every step from now on."""
+        """Note the number of tokens of every step from now on, and when the model has run, by the GPU's own clock."""
         worker: Any = self
         steps = self.bench_steps = []
         execute = self.bench_execute = worker.execute_model
+        self.bench_zero = bench_zero()
 
         def noting(scheduled: Any) -> Any:
+            output = execute(scheduled)
             if scheduled.total_num_scheduled_tokens:
-                steps.append((time.perf_counter(), scheduled.total_num_scheduled_tokens))
-            return execute(scheduled)
+                steps.append((bench_now(), scheduled.total_num_scheduled_tokens))
+            return output
 
         # On the instance: every executor looks the method up at every call.
         worker.execute_model = noting
 
     def bench_last_steps(self, count: int) -> list[tuple[float, int]]:
-        """The latest steps."""
-        return self.bench_steps[-count:]
+        """Time and tokens of the latest steps, of which the GPU may have some still to do."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return [(bench_time(when, self.bench_zero), tokens) for when, tokens in self.bench_steps[-count:]]
 
     def bench_unwatch(self) -> list[tuple[float, int]]:
         """Stop; every step that was noted."""
         worker: Any = self
         # Not deleted: what was there is rollcast's own.
         worker.execute_model = self.bench_execute
-        return self.bench_steps
+        return self.bench_last_steps(len(self.bench_steps))
+
+
+def bench_now() -> Any:
+    """Now, or on a GPU when the current stream's work so far will be done."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def bench_zero() -> tuple[float, Any]:
+    """One moment on the machine's clock and on the GPU's."""
+    event = bench_now()
+    if torch.cuda.is_available():
+        event.synchronize()
+    return time.perf_counter(), event
+
+
+def bench_time(when: Any, zero: tuple[float, Any]) -> float:
+    """A moment of `bench_now`, on the machine's clock."""
+    return when if isinstance(when, float) else zero[0] + zero[1].elapsed_time(when) / 1e3

@@ -83,25 +83,41 @@ def prompts_of(options: argparse.Namespace) -> list[list[int]]:
 def run_rank(options: argparse.Namespace) -> None:
     """Rank 0 times both sides in turn; rank 1 is the pool's engine."""
     import rollcast.rollout as rollcast
+    from rollcast.rollout.preflight import usable_gpus
 
+    shared = len(usable_gpus()) == 1
     config = rollcast.RolloutConfig(
-        model=options.model, load_format="dummy", enforce_eager=options.eager, gpu_memory_utilization=0.4
+        model=options.model,
+        load_format="dummy",
+        enforce_eager=options.eager,
+        gpu_memory_utilization=0.4,
+        # The trainer needs no GPU here.
+        colocate=shared,
     )
-    with rollcast.join(config) as job:
-        if not job.is_trainer:
-            return
-        sampling = rollcast.Sampling(max_tokens=options.max_tokens, ignore_eos=True)
-        prompts = prompts_of(options)
-        with other_side() as llm:
-            times: Times = {"pool": [], "llm": []}
-            for _ in range(1 + options.rounds):
-                time.sleep(REST_S)
-                start = time.perf_counter()
-                groups = job.pool.generate(prompts, sampling)
-                times["pool"].append(time.perf_counter() - start)
-                assert all(len(its.token_ids) == options.max_tokens for group in groups for its in group)
-                times["llm"].append(ask(llm))
-        Path(options.out).write_text(json.dumps(times))
+    with contextlib.ExitStack() as stack:
+        # Beside the pool's engine, unless both would count what is free on one GPU.
+        early = stack.enter_context(other_side()) if os.environ["RANK"] == "0" and not shared else None
+        job = stack.enter_context(rollcast.join(config))
+        if job.is_trainer:
+            times = time_both(job, early or stack.enter_context(other_side()), options)
+            Path(options.out).write_text(json.dumps(times))
+
+
+def time_both(job: Any, llm: "subprocess.Popen[str]", options: argparse.Namespace) -> Times:
+    """Rounds of both sides, in turn."""
+    from rollcast.rollout import Sampling
+
+    sampling = Sampling(max_tokens=options.max_tokens, ignore_eos=True)
+    prompts = prompts_of(options)
+    times: Times = {"pool": [], "llm": []}
+    for _ in range(1 + options.rounds):
+        time.sleep(REST_S)
+        start = time.perf_counter()
+        groups = job.pool.generate(prompts, sampling)
+        times["pool"].append(time.perf_counter() - start)
+        assert all(len(its.token_ids) == options.max_tokens for group in groups for its in group)
+        times["llm"].append(ask(llm))
+    return times
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Many copies as one: within a device, or from memory of another that is mapped here (worker)."""
 
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ THREADS = 1024
 ENGINE_BYTES = 16 << 20
 GENTLE_ENGINE_BYTES = 256 << 10
 MEMCPY_DEFAULT = 4
+Places = Sequence[tuple[int, int, int]]
+"""Target, source and bytes."""
 KERNEL = r"""
 extern "C" __global__ void copy_chunks(const unsigned long long* table) {
     // Target, source and bytes of one chunk.
@@ -64,58 +66,68 @@ class FusedCopy:
 
 
 class Copies:
-    """Copies (target, source, bytes) of device memory, some of it another GPU's, made again and again.
+    """Copies (target, source, bytes) of device memory, some of it another GPU's, on one stream.
 
     Many small ones are one kernel. Large ones go to the copy engines, which are faster between two GPUs, and leave the
-    multiprocessors to others; as a CUDA graph, for each call would give the interpreter to other threads for a while.
+    multiprocessors to others. From the second time on all of them are one CUDA graph: each launch of their own would
+    hand the interpreter to other threads for a while.
     """
 
-    def __init__(self, places: Sequence[tuple[int, int, int]], *, device: torch.device, stream: Any) -> None:
+    def __init__(self, places: Places, *, device: torch.device, stream: Any) -> None:
         self._places = places
         self._device = device
         self._stream = stream
-        self._made: dict[bool, tuple[torch.Tensor | None, Callable[[], object]]] = {}
+        # For those that are gentle, and for the others.
+        self._sorted: dict[bool, tuple[torch.Tensor | None, Places]] = {}
+        self._graphs: dict[bool, Any] = {}
 
     def run(self, *, gentle: bool) -> None:
-        """Copy, on the stream; `gentle` if others need the multiprocessors."""
+        """Copy; `gentle` if others need the multiprocessors."""
         if self._device.type != "cuda":
             _memcpy(self._places, self._stream.cuda_stream)
-            return
-        with torch.cuda.stream(self._stream):
-            if gentle not in self._made:
-                self._made[gentle] = self._make(GENTLE_ENGINE_BYTES if gentle else ENGINE_BYTES)
-            table, by_engine = self._made[gentle]
-            if table is not None:
-                copy_chunks(table)
-            by_engine()
+        elif gentle not in self._sorted:
+            with torch.cuda.stream(self._stream):
+                self._sorted[gentle] = self._sort(GENTLE_ENGINE_BYTES if gentle else ENGINE_BYTES)
+                self._launch(*self._sorted[gentle])
+        else:
+            if gentle not in self._graphs:
+                self._graphs[gentle] = self._record(*self._sorted[gentle])
+            graph, external = self._graphs[gentle]
+            graph.launch(external)
 
-    def _make(self, engine_bytes: int) -> tuple[torch.Tensor | None, Callable[[], object]]:
-        """The kernel's table, and what lets the copy engines do the rest."""
+    def _sort(self, engine_bytes: int) -> tuple[torch.Tensor | None, Places]:
+        """The kernel's table, and what is left to the copy engines."""
         small = [its for its in self._places if its[2] < engine_bytes and is_aligned(*its[:2])]
         kept = set(small)
-        large = [its for its in self._places if its not in kept]
         # Pinned, or the table would wait for the copies before it, and this thread with it.
         table = chunks(small).pin_memory().to(self._device, non_blocking=True) if small else None
-        pointer = self._stream.cuda_stream
-        if len(large) < 2:
-            return table, partial(_memcpy, large, pointer)
-        recorder = _cupy().cuda.ExternalStream(pointer)
-        recorder.begin_capture()
+        return table, [its for its in self._places if its not in kept]
+
+    def _launch(self, table: torch.Tensor | None, by_engine: Places) -> None:
+        if table is not None:
+            copy_chunks(table)
+        _memcpy(by_engine, self._stream.cuda_stream)
+
+    def _record(self, table: torch.Tensor | None, by_engine: Places) -> Any:
+        """The launches as a graph, and the stream as cupy has it."""
+        external = _cupy().cuda.ExternalStream(self._stream.cuda_stream)
+        external.begin_capture()
         try:
-            _memcpy(large, pointer)
+            with torch.cuda.stream(self._stream):
+                self._launch(table, by_engine)
         finally:
-            graph = recorder.end_capture()
-        return table, partial(graph.launch, recorder)
+            graph = external.end_capture()
+        return graph, external
 
 
-def _memcpy(places: Sequence[tuple[int, int, int]], stream: int) -> None:
+def _memcpy(places: Places, stream: int) -> None:
     from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]  (CUDA machines only)
 
     for target, source, nbytes in places:
         runtime.memcpyAsync(target, source, nbytes, MEMCPY_DEFAULT, stream)
 
 
-def chunks(places: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+def chunks(places: Places) -> torch.Tensor:
     """Cut copies (target, source, bytes) to pieces of at most `CHUNK_BYTES`: int64 [pieces, 3], on the CPU."""
     # numpy: torch would wake threads for it.
     target, source, nbytes = np.array(places, dtype=np.int64).T

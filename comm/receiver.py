@@ -1,5 +1,7 @@
 """The receiving side of a plan (runs in every vLLM worker)."""
 
+from collections.abc import Callable
+
 import torch
 
 from rollcast.comm.checksum import checksum
@@ -42,9 +44,10 @@ class WeightReceiver:
         self.started = 0
         """Buckets that travel since `start`."""
 
-    def get_ahead(self, spare: int) -> bool:
-        """Make ready for `start`, in at most `spare` bytes of memory, which are kept. Whether there is room for any."""
+    def get_ahead(self, spare_of: Callable[[torch.device], int]) -> bool:
+        """Make ready for `start`, once, in memory that the device can spare. Whether there is room for any bucket."""
         if not self._ahead:
+            spare = spare_of(self.device)
             buffered = any(not box.in_place for bucket in self._buckets[:AHEAD] for box in bucket)
             for turn, bucket in enumerate(self._buckets[: DEPTH if buffered else AHEAD]):
                 spare -= spare_bytes(bucket)
@@ -73,11 +76,20 @@ class WeightReceiver:
             started += 1
         self.started = started
 
-    def receive(self, group: Group, *, deadline: Deadline, timer: PhaseTimer, checksums: bool = False) -> None:
+    def receive(
+        self,
+        group: Group,
+        *,
+        deadline: Deadline,
+        timer: PhaseTimer,
+        checksums: bool = False,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Receive and land every weight once. Collective over the lane.
 
         With `checksums` the sender's are received too and compared with those of what arrived. Raises
-        `VerifyError` naming the first message that differs.
+        `VerifyError` naming the first message that differs. `meanwhile` is called when the first bytes are on their
+        way.
         """
         started, self.started = self.started, 0
         if not started:
@@ -90,6 +102,8 @@ class WeightReceiver:
                 with timer("wire"):
                     # Before the wait: the wire must not stand still between two buckets.
                     self._post(turn + 1, group, deadline, started)
+                    if meanwhile is not None and not turn:
+                        meanwhile()
                     if turn < started:
                         self._ahead[turn].wait(deadline)
                     else:

@@ -19,7 +19,7 @@ WHAT = "vLLM's step under way"
 class Gate:
     """What vLLM makes a worker do passes one by one; other threads close the gate to change weights in between.
 
-        with gate.closed(agree, deadline=deadline):
+        with gate.closed(agree, prepare, deadline=deadline):
             ...                                     # no call is under way, and none begins
 
     The workers of an engine are called in the same order, and must stop at the same place: a step that half of them
@@ -37,20 +37,28 @@ class Gate:
         self._side = torch.cuda.Stream(device) if on_gpu else None
         self._turn = threading.Condition()
         self._passed = 0
+        self.others = 0
+        """Calls so far that were no steps. Only they can move weights."""
         self._limit: int | None = None
         self._inside = False
         self._guard(worker)
 
     @contextmanager
-    def closed(self, agree: Callable[[int], int], *, deadline: Deadline) -> Iterator[None]:
+    def closed(
+        self, agree: Callable[[int], int], prepare: Callable[[], None] | None = None, *, deadline: Deadline
+    ) -> Iterator[None]:
         """Close the gate for a while. `agree` gets how many calls have passed, and returns how many shall.
 
-        Collective over the engine's workers. Raises `TimeoutError`, and then nothing was done.
+        `prepare` makes use of the time in which the last of them may still be under way. Collective over the engine's
+        workers. Raises `TimeoutError`, and then nothing was done.
         """
         with self._turn:
             self._limit = self._passed
         try:
-            self._settle(agree(self._limit), deadline)
+            limit = agree(self._limit)
+            if prepare is not None:
+                prepare()
+            self._settle(limit, deadline)
             yield
         finally:
             with self._turn:
@@ -59,8 +67,9 @@ class Gate:
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """A call of vLLM's, on its thread."""
+        """A call of vLLM's that is no step, on its thread."""
         self._enter()
+        self.others += 1
         try:
             yield
         finally:

@@ -37,7 +37,7 @@ class LiveLanding:
         self._last = [number for number in range(len(plan.stages)) if number not in with_moves]
         self._attention = [attention_layers(model)[path] for path in plan.attention]
         self._dtype = dtype
-        self._fills = tuple(fill.op for fill in plan.fills if fill.stage is None)
+        self._fills = tuple(fill.op for fill in plan.fills if fill.stage is None and fill.target.region.numel)
         self._fillable: dict[tuple[str, int | str], torch.Tensor] = {
             ("value", key): value.to(self._device) for key, value in enumerate(plan.values)
         }

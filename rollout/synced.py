@@ -1,6 +1,6 @@
 """What a sync does in a vLLM worker (every tensor-parallel rank of every engine)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,8 @@ from rollcast.rollout.live import LiveLanding
 from rollcast.rollout.shadow import Shadow, spare_bytes
 from rollcast.rollout.tape import LandingError
 
+MOVED = "{} was moved while weights were on their way: sync again"
+
 
 class SyncedWorker:
     """The part of `RollcastWorker` that the bell calls, on its own thread."""
@@ -29,6 +31,8 @@ class SyncedWorker:
     rollcast_landing: LiveLanding | AdapterLanding
     rollcast_receiver: WeightReceiver
     rollcast_shadow: Shadow | None = None
+    rollcast_seen: int = -1
+    """The gate's count of calls when the live tensors were last found where they are."""
 
     def rollcast_receive(
         self, version: int, digests: list[str], slot: int, verify: str, unchanged: bool, timeout_s: float
@@ -45,7 +49,8 @@ class SyncedWorker:
         with self._rollcast_leaving(), self._rollcast_after_steps(deadline, timer) as (gate, stream):
             group = self._rollcast_ready(version, digests, slot, gentle=False)
             before = hashes(self._rollcast_model()) if unchanged else {}
-            self.rollcast_receiver.receive(group, deadline=deadline, timer=timer, checksums=verify != "none")
+            how: dict[str, Any] = {"checksums": verify != "none", "meanwhile": self._rollcast_make_sure}
+            self.rollcast_receiver.receive(group, deadline=deadline, timer=timer, **how)
             if verify == "full":
                 self.rollcast_receiver.confirm(group, deadline=deadline, timer=timer)
             if unchanged:
@@ -82,7 +87,7 @@ class SyncedWorker:
         Returns "tokens", as `rollcast_receive` does.
         """
         with self._rollcast_between_steps(Deadline(timeout_s)) as gate:
-            if self.rollcast_shadow is None or self.rollcast_landing.moved(self._rollcast_model()) is not None:
+            if self.rollcast_shadow is None or (gate.others != self.rollcast_seen and self._rollcast_moved()):
                 raise RuntimeError("the weights were moved while new ones were received: sync again")
             with gate.in_line():
                 self.rollcast_shadow.apply()
@@ -105,11 +110,11 @@ class SyncedWorker:
             self.rollcast_group = None
 
     @contextmanager
-    def _rollcast_between_steps(self, deadline: Deadline) -> Iterator[Gate]:
+    def _rollcast_between_steps(self, deadline: Deadline, prepare: Callable[[], None] | None = None) -> Iterator[Gate]:
         """On the bell's thread: vLLM begins nothing meanwhile."""
         gate = self.rollcast_gate
         assert gate is not None
-        closed = gate.closed(partial(self.rollcast_bell.agree, deadline=deadline), deadline=deadline)
+        closed = gate.closed(partial(self.rollcast_bell.agree, deadline=deadline), prepare, deadline=deadline)
         with closed, torch.no_grad(), self._rollcast_settings():
             yield gate
 
@@ -120,15 +125,18 @@ class SyncedWorker:
         """The same, and GPU work waits on a stream of its own until queued steps are done. Meanwhile, bytes travel."""
         gate, group, receiver = self.rollcast_gate, self.rollcast_group, self.rollcast_receiver
         assert gate is not None
-        with gate.beside() as stream:
+
+        def start() -> None:
             # Workers of one engine would wait for each other, and the sender for one of them.
             alone = self.rollcast_bell.workers == 1
-            if group and alone and gate.busy and receiver.get_ahead(spare_bytes(receiver.device)):
+            if group and alone and gate.busy and receiver.get_ahead(spare_bytes):
                 # Steps need the GPU.
                 group.gentle = True
                 receiver.start(group, deadline=deadline)
+
+        with gate.beside() as stream:
             waited_s = timer.total_s()
-            with self._rollcast_between_steps(deadline):
+            with self._rollcast_between_steps(deadline, start):
                 timer.phases_s["gate"] = timer.total_s() - waited_s
                 gate.follow(stream)
                 yield gate, stream
@@ -177,18 +185,31 @@ class SyncedWorker:
         return LiveLanding(plan, self._rollcast_model(), dtype=self._rollcast_dtype())
 
     def _rollcast_follow(self) -> None:
-        """Find the live tensors again if vLLM has moved any since the last sync."""
-        moved = self.rollcast_landing.moved(self._rollcast_model())
+        """Find the live tensors again if a call of vLLM's has moved any since the last sync."""
+        assert self.rollcast_gate is not None
+        others, seen = self.rollcast_gate.others, self.rollcast_seen
+        if others == seen:
+            return
+        moved, self.rollcast_seen = self._rollcast_moved(), others
         if moved is None:
             return
         if self.rollcast_receiver.started:
-            raise LandingError(f"{moved} was moved while weights were on their way: sync again")
+            raise LandingError(MOVED.format(moved))
         known = self.rollcast_landing.plan
         plan = self._rollcast_compile(known.manifest)
         if plan.digest != known.digest:
             raise LandingError(f"{moved} was replaced and the weights now land elsewhere: sync again to plan anew")
         self.rollcast_landing = self._rollcast_land(plan)
         self._rollcast_bind(self.rollcast_receiver.lane)
+
+    def _rollcast_moved(self) -> str | None:
+        """A tensor that is not where it was, if any."""
+        return self.rollcast_landing.moved(self._rollcast_model())
+
+    def _rollcast_make_sure(self) -> None:
+        """That the live tensors are where they were, though nothing that could move them has been seen."""
+        if (moved := self._rollcast_moved()) is not None:
+            raise LandingError(MOVED.format(moved))
 
     def _rollcast_bind(self, lane: Lane) -> None:
         worker: Any = self

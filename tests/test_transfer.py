@@ -159,8 +159,8 @@ def test_the_first_buckets_travel_while_live_parameters_are_read(
     first, *others = whole_moves(source.manifest)
     sides = Sides(source, moves=(widened(source.manifest)[0] if wide else first, *others))
     (memory,), receiver = sides.memories, sides.receivers[0]
-    assert not receiver.get_ahead(100)
-    assert receiver.get_ahead(room)
+    assert not receiver.get_ahead(lambda device: 100)
+    assert receiver.get_ahead(lambda device: room)
     with Ranks([0]) as ranks:
         for turn in range(3):
             before = {name: tensor.clone() for name, tensor in memory.tensors.items()}
