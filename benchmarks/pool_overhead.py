@@ -82,10 +82,11 @@ def prompts_of(options: argparse.Namespace) -> list[list[int]]:
 
 def run_rank(options: argparse.Namespace) -> None:
     """Rank 0 times both sides in turn; rank 1 is the pool's engine."""
-    import rollcast.rollout as rollcast
-    from rollcast.rollout.preflight import usable_gpus
+    import torch
 
-    shared = len(usable_gpus()) == 1
+    import rollcast.rollout as rollcast
+
+    shared = torch.cuda.device_count() == 1
     config = rollcast.RolloutConfig(
         model=options.model,
         load_format="dummy",
