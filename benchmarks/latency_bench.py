@@ -108,6 +108,10 @@ class Bench:
         receiving.add_done_callback(leave_if_failed)
         return receiving
 
+    def release(self) -> None:
+        """Both sides let go of what rollcast's updates keep: spare memory, mapped memory, views."""
+        self._broadcaster.release()
+
     def settle(self) -> None:
         """Both sides give memory back and start to watch its peak."""
         settle()

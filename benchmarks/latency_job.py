@@ -85,6 +85,7 @@ def measure(bench: Bench, name: str, *, before: dict[str, int], kv_cache_tokens:
     head: Row = {"model": bench.spec.model, "method": name, "bytes": bench.nbytes, "tensors": len(bench.weights)}
     rows: list[Row] = []
     try:
+        bench.release()
         bench.settle()
         before = before if name in DECODING else bench.peak()
         with TABLE[name](bench) as run:
