@@ -47,6 +47,8 @@ def rollcast_nccl(bench: Bench) -> Iterator[Run]:
         raise RuntimeError("NCCL needs CUDA")
     bench.travel("nccl")
     try:
+        # Plans and joins.
+        bench.sync()
         with rollcast(bench, mode=None) as run:
             yield run
     finally:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rollcast.comm.params import Manifest, ParamSpec
-from rollcast.comm.places import Places, identity
+from rollcast.comm.places import Places, Spots, identity
 
 # Wrappers that add a level to the names of the modules they wrap, and no weight of their own.
 WRAPPER_LEVELS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -35,6 +35,8 @@ class WeightSource:
         self._weights = weights
         self._dtype = dtype
         self._places: Places | None = None
+        # Of each parameter, what is in its place: `_tensors` are aliases, which do not see it get other memory.
+        self._owners: list[torch.Tensor] = []
         self.manifest = self.current()
 
     @property
@@ -65,8 +67,18 @@ class WeightSource:
             named = self._named()
             self._tensors = list(named.values())
             self._manifest = Manifest(tuple(self._spec(name, tensor) for name, tensor in named.items()))
-            self._places = _places_of(self._weights, self._tensors)
+            self._places, self._owners = _places_of(self._weights, self._tensors)
         return self._manifest
+
+    def glance(self) -> Manifest:
+        """The same, without a look at where the weights' memory is if they are `steady`: `spots` tell."""
+        if self.steady() is None or self._places is None or not self._places.same():
+            return self.current()
+        return self._manifest
+
+    def spots(self, params: Sequence[int]) -> Spots:
+        """Where the memory of some parameters is now, if the weights are `steady`."""
+        return Spots([self._owners[param] for param in params])
 
     def steady(self) -> list[torch.Tensor] | None:
         """The tensors of the last `current`, if `walk` yields just those and they stay where they are.
@@ -77,7 +89,7 @@ class WeightSource:
 
     def release(self) -> None:
         """Let go of the tensors; the next `current` finds them again."""
-        self._places, self._tensors = None, []
+        self._places, self._tensors, self._owners = None, [], []
 
     def formats(self) -> list[tuple[torch.dtype, str]]:
         """Dtype and kind of device of each parameter, as the trainer has it."""
@@ -132,17 +144,19 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _places_of(weights: Weights, tensors: Sequence[torch.Tensor]) -> Places | None:
-    """The places of all `tensors`. None if any is sharded, strided or made for the occasion."""
+def _places_of(weights: Weights, tensors: Sequence[torch.Tensor]) -> tuple[Places | None, list[torch.Tensor]]:
+    """The places of all `tensors`, and what is there. None if any is sharded, strided or made for the occasion."""
     if any(isinstance(tensor, DTensor) or not tensor.is_contiguous() for tensor in tensors):
-        return None
+        return None, []
     if isinstance(weights, nn.Module):
         if any(module._state_dict_hooks or module._state_dict_pre_hooks for module in weights.modules()):
-            return None
+            return None, []
         places = Places.of_module(weights)
     elif isinstance(weights, dict):
         places = Places([weights])
     else:
-        return None
-    kept = set(map(identity, places.tensors))
-    return places if all(identity(tensor) in kept for tensor in tensors) else None
+        return None, []
+    kept = {identity(tensor): tensor for tensor in places.tensors}
+    owners = [kept.get(identity(tensor)) for tensor in tensors]
+    found = [owner for owner in owners if owner is not None]
+    return (places, found) if len(found) == len(owners) else (None, [])

@@ -159,7 +159,7 @@ class PoolBroadcaster:
 
     def _agree_on_plan(self, version: int, how: How) -> None:
         """All trainer ranks must be about to send the same thing: a rank with another plan would hang the rest."""
-        current = self._source.current()
+        current = self._source.glance()
         what = "self-test" if how.unchanged else f"{how.mode}, verify {how.verify}"
         word = f"version {version} after {self.version}, {what}, weights {current.digest[:16]}{self._source.settings}"
         deadline = Deadline(self._config.trainer_timeout_s)
