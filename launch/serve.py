@@ -14,7 +14,8 @@ from typing import Any
 from rollcast.launch.interrupt import end_soon_on_signals
 from rollcast.rollout import Job, RollcastError, RolloutConfig, join
 
-DESCRIPTION = """Serve a model from a pool of vLLM engines: rank 0 is the front door, the other ranks are engines.
+DESCRIPTION = """Serve a model from a pool of vLLM engines: rank 0 is the front door, the other ranks are engines,
+with a GPU each.
 OpenAI's clients talk to it (/v1/chat/completions, /v1/completions, /v1/models; /health and /metrics beside them), and
 each request goes to the engine with the least to do, or to one that has computed its beginning. With --openai-port
 every engine has vLLM's own server beside it: tools, structured output, logprobs, and no balancing.
@@ -64,6 +65,8 @@ def rollout_config(options: argparse.Namespace) -> RolloutConfig:
     """The engines' settings."""
     return RolloutConfig(
         model=options.model,
+        # The front door needs none.
+        trainer_gpus=False,
         tensor_parallel_size=options.tensor_parallel_size,
         device=options.device,
         dtype=options.dtype,

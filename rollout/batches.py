@@ -17,6 +17,8 @@ class _Batch:
     begun: "asyncio.Future[None]"
     requests: list[Running] = field(default_factory=list)
     over: set[str] = field(default_factory=set)
+    another: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when one more is over."""
 
     @property
     def sent(self) -> bool:
@@ -47,6 +49,7 @@ class Batches:
             return await act(request)
         finally:
             batch.over.add(request.request_id)
+            batch.another.set()
 
     async def run(self, name: str) -> None:
         """The batch is complete: let it run when it is its turn. Returns when it is over."""
@@ -63,7 +66,8 @@ class Batches:
                 if not held:
                     await self._scheduling.resume()
                 while len(batch.over) < len(batch.requests):
-                    await asyncio.sleep(0.001)
+                    batch.another.clear()
+                    await batch.another.wait()
         except Exception as error:
             if not batch.begun.done():
                 batch.begun.set_exception(error)

@@ -66,6 +66,9 @@ class RolloutConfig:
     colocate: bool = False
     """Engines share the trainers' GPUs, rank `trainers + i` that of rank `i`, instead of having their own. Give
     `gpu_memory_utilization` their share, and let them sleep (`pool.sleep`) while the trainer trains."""
+    trainer_gpus: bool = True
+    """False: trainer ranks take no GPU, and their machine's first is the first engine's. For a pool that is sent no
+    weights, as a server's is."""
     device: str = "auto"
     """"cpu", "cuda", or "auto": CUDA where torch sees a GPU."""
     dtype: str = "auto"
@@ -152,6 +155,8 @@ class RolloutConfig:
         for name in POSITIVE_IF_ANY:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise PreflightError(f"{name} must be positive, got {value}")
+        if self.colocate and not self.trainer_gpus:
+            raise PreflightError("colocate=True shares the trainers' GPUs: leave trainer_gpus True")
         one_of("dtype", self.resolved_dtype(), DTYPES)
         if self.openai_port is not None:
             self._check_server(self.openai_port)

@@ -80,7 +80,7 @@ class Dispatch(Links):
         with self._batch() as batch:
             trips = self._admit(plain, sampling, request_ids)
             stream = on_piece is not None
-            asks = [(its.engine, _generate(its, priority=priority, stream=stream, batch=batch)) for its in trips]
+            asks = [(its.engine, self._ask(its, priority=priority, stream=stream, batch=batch)) for its in trips]
             try:
                 replies = self.request_all(asks, on_piece=on_piece)
             except Exception as error:
@@ -102,7 +102,11 @@ class Dispatch(Links):
             wanted = [*self._owners] if request_ids is None else request_ids
             owned = [(self._owners[each], each) for each in wanted if each in self._owners]
         for engine in {engine for engine, _ in owned}:
-            self.request(engine, Abort([each for owner, each in owned if owner == engine]))
+            self.request(engine, Abort([self._known_as(each) for owner, each in owned if owner == engine]))
+
+    def _known_as(self, request_id: str) -> str:
+        """A request's name at the engines: other trainer ranks give the same ones."""
+        return f"{self._name}/{request_id}"
 
     def _admit(self, prompts: Sequence[list[int]], sampling: Sampling, request_ids: Sequence[str]) -> list[_Trip]:
         """Choose an engine for each."""
@@ -154,13 +158,12 @@ class Dispatch(Links):
             return contextlib.nullcontext()
         return self._repeatable.batch(lambda engine, name: self.request(engine, RunBatch(name)))
 
-
-def _generate(trip: _Trip, *, priority: int, stream: bool, batch: Batch | None) -> Generate:
-    return Generate(
-        request_id=trip.request_id,
-        prompt=trip.prompt,
-        sampling=trip.sampling,
-        priority=priority,
-        stream=stream,
-        batch=batch.joined_by(trip.engine) if batch else "",
-    )
+    def _ask(self, trip: _Trip, *, priority: int, stream: bool, batch: Batch | None) -> Generate:
+        return Generate(
+            request_id=self._known_as(trip.request_id),
+            prompt=trip.prompt,
+            sampling=trip.sampling,
+            priority=priority,
+            stream=stream,
+            batch=batch.joined_by(trip.engine) if batch else "",
+        )

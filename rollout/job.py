@@ -84,6 +84,8 @@ class Job:
         """
         pool, agreement = self.pool, self._agreement
         assert agreement is not None
+        if not self.config.trainer_gpus and self.config.resolved_device() == "cuda":
+            raise ValueError("trainers without GPUs (trainer_gpus=False) cannot send weights to engines that have some")
         broadcaster = PoolBroadcaster(
             open_source(
                 weights,
@@ -157,7 +159,10 @@ def join(config: RolloutConfig) -> Iterator[Job]:
     job cannot work, `EngineError` on the trainers if an engine does not start.
     """
     world = World.from_env(
-        trainers=config.trainers, tensor_parallel_size=config.tensor_parallel_size, colocate=config.colocate
+        trainers=config.trainers,
+        tensor_parallel_size=config.tensor_parallel_size,
+        colocate=config.colocate,
+        trainer_gpus=config.trainer_gpus,
     )
     connect = partial(world.store, timeout_s=STORE_TIMEOUT_S, scope=f"join-{next(JOINS)}")
     store = connect()

@@ -117,8 +117,9 @@ def check_cards(cards: Sequence[Card], world: World, *, device: str) -> None:
 
 def _check_gpus(cards: Sequence[Card], world: World) -> None:
     owner: dict[tuple[str, str], int] = {}
-    for rank, card in enumerate(cards):
-        here = sum(other.host == card.host for other in cards)
+    using = [(rank, card) for rank, card in enumerate(cards) if world.has_gpu(rank)]
+    for rank, card in using:
+        here = sum(other.host == card.host for _, other in using)
         if card.gpu is None or (here > card.gpus_visible and not world.colocate):
             raise PreflightError(
                 f"not enough GPUs on {card.host}: {here} ranks, {card.gpus_visible} visible GPUs; start one rank per "
@@ -132,7 +133,7 @@ def _check_gpus(cards: Sequence[Card], world: World) -> None:
                 "GPU; start one rank per GPU and check CUDA_VISIBLE_DEVICES"
             )
     try:
-        check_settings({f"rank {rank}": card.settings for rank, card in enumerate(cards)})
+        check_settings({f"rank {rank}": card.settings for rank, card in using})
     except PeerError as problem:
         raise PreflightError(str(problem)) from None
 
@@ -150,7 +151,7 @@ def examine(config: RolloutConfig, world: World, *, device: str) -> Card:
 def this_card(world: World, *, device: str) -> Card:
     """What this rank runs on."""
     host = socket.gethostname()
-    if device == "cpu":
+    if device == "cpu" or not world.has_gpu(world.rank):
         return Card(host, None, 0, reachable_host(world.master_addr))
     try:
         uuids = usable_gpus()

@@ -30,6 +30,8 @@ class World:
     restart: str = "0"
     colocate: bool = False
     """Whether engine ranks use the trainers' GPUs. One machine only."""
+    trainer_gpus: bool = True
+    """Whether trainer ranks use GPUs."""
 
     def __post_init__(self) -> None:
         rest = self.world_size - self.trainers
@@ -54,6 +56,7 @@ class World:
         trainers: int,
         tensor_parallel_size: int,
         colocate: bool = False,
+        trainer_gpus: bool = True,
         environ: Mapping[str, str] = os.environ,
     ) -> "World":
         """Read torchrun's variables. Raises `PreflightError` when the process was not started by torchrun."""
@@ -71,16 +74,24 @@ class World:
             agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             restart=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
             colocate=colocate,
+            trainer_gpus=trainer_gpus,
         )
 
     @property
     def is_trainer(self) -> bool:
         return self.rank < self.trainers
 
+    def has_gpu(self, rank: int) -> bool:
+        """Whether a rank uses one, where there are any."""
+        return self.trainer_gpus or rank >= self.trainers
+
     @property
     def gpu_index(self) -> int:
-        """This rank's GPU among those that its machine shows it."""
-        return self.local_rank - self.trainers if self.colocate and not self.is_trainer else self.local_rank
+        """This rank's GPU among those that its machine shows it, if it has one."""
+        if self.is_trainer or (self.trainer_gpus and not self.colocate):
+            return self.local_rank
+        first = self.rank - self.local_rank
+        return self.local_rank - max(0, self.trainers - first)
 
     @property
     def engines(self) -> int:

@@ -1,21 +1,38 @@
 """Requests that a sync meets half way, and the pool's and broadcaster's refusals."""
 
+import json
 from typing import Any
 
 import pytest
 from models import build
-from torchrun import run_facts
+from torchrun import JOBS, run_job
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 LENGTH = 400
 
 
+SHAPES = {"alone": (1, 1), "crowd": (2, 2)}
+"""Trainers, and workers of the engine."""
+RANKS = [("alone", 0), ("crowd", 0), ("crowd", 1)]
+
+
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("in_flight")
-    build("untied").save_pretrained(folder / "model")
-    return run_facts("in_flight.py", folder, ranks=2, timeout_s=200)
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for name, (trainers, size) in SHAPES.items():
+        folder = tmp_path_factory.mktemp("in_flight")
+        build("untied").save_pretrained(folder / "model")
+        arguments = folder / "model", folder / "facts", str(trainers), str(size)
+        done = run_job(JOBS / "in_flight.py", *arguments, ranks=trainers + size, cwd=folder, timeout_s=250)
+        assert done.code == 0, done.output
+        found |= {(name, rank): json.loads((folder / f"facts.{rank}").read_text()) for rank in range(trainers)}
+    return found
+
+
+@pytest.fixture(params=RANKS, ids=lambda its: f"{its[0]}-{its[1]}")
+def facts(shapes: dict[tuple[str, int], dict[str, Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
+    return shapes[request.param]
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,20 @@ def test_preflight_names_ranks_with_other_nccl_settings() -> None:
         check_cards(cards, world(2), device="cuda")
 
 
+def test_a_front_door_takes_no_gpu() -> None:
+    sizes: Any = {"world_size": 7, "trainers": 1, "tensor_parallel_size": 2, "trainer_gpus": False}
+    first = [World(rank=rank, local_rank=rank, local_world_size=5, **sizes) for rank in range(5)]
+    second = [World(rank=5 + rank, local_rank=rank, local_world_size=2, **sizes) for rank in range(2)]
+    assert [rank.gpu_index for rank in (*first[1:], *second)] == [0, 1, 2, 3, 0, 1]
+    places = [("a", None), *(("a", f"GPU-{gpu}") for gpu in range(4)), ("b", "GPU-0"), ("b", "GPU-1")]
+    found = [Card(host, gpu, 4 if host == "a" else 2, f"10.0.0.{ord(host)}") for host, gpu in places]
+    check_cards(found, first[0], device="cuda")
+    with pytest.raises(PreflightError, match="not enough GPUs on a: 5 ranks, 4 visible GPUs"):
+        check_cards(found, replace(first[0], trainer_gpus=True), device="cuda")
+    with pytest.raises(PreflightError, match="leave trainer_gpus True"):
+        RolloutConfig(model="", dtype="float32", colocate=True, trainer_gpus=False)
+
+
 def test_colocated_engines_use_the_trainers_gpus() -> None:
     ranks = [world(4, trainers=2, rank=rank, colocate=True) for rank in range(4)]
     assert [rank.gpu_index for rank in ranks] == [0, 1, 0, 1]

@@ -1,6 +1,8 @@
 """Syncs while requests are in flight, in every pause mode; two broadcasters; a closed pool (run by torchrun).
 
-in_flight.py MODEL_FOLDER REPORT.json
+in_flight.py MODEL_FOLDER REPORT.json TRAINERS TENSOR_PARALLEL_SIZE
+
+Every trainer rank has requests of its own, named alike, and writes a report of its own.
 """
 
 import copy
@@ -29,12 +31,18 @@ WAYS = (
     ("shadow", "abort", "kept"),
 )
 PROMPTS = [[5, 6, 7], [9, 8, 3], [4, 4, 4]]
+NAMES = ["a", "b", "c"]
 
 
 def main() -> None:
-    folder, report = sys.argv[1], Path(sys.argv[2])
+    folder, report, trainers, size = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
     config = rollcast.RolloutConfig(
-        model=folder, enforce_eager=True, log_dir=folder, worker_extension_cls="slow_worker.SlowWorker"
+        model=folder,
+        trainers=trainers,
+        tensor_parallel_size=size,
+        enforce_eager=True,
+        log_dir=folder,
+        worker_extension_cls="slow_worker.SlowWorker",
     )
     facts: dict[str, Any] = {}
     with rollcast.join(config) as job:
@@ -44,7 +52,8 @@ def main() -> None:
         broadcaster = job.broadcaster(model)
         # Later syncs are soon over, and requests are not.
         broadcaster.self_test()
-        job.pool.call_workers("slow_down", STEP_S)
+        if job.trainer_rank == 0:
+            job.pool.call_workers("slow_down", STEP_S)
         with ThreadPoolExecutor(1) as threads:
             for version, way in enumerate(WAYS, start=1):
                 facts[" ".join(way)] = in_flight(job, broadcaster, model, threads, version=version, way=way)
@@ -57,7 +66,7 @@ def main() -> None:
         facts["newer"] = newer.sync(version=7).version
         facts["long prompt"] = said(lambda: job.pool.generate([[1], [2] * 1024], rollcast.Sampling()))
     facts["closed"] = said(lambda: job.pool.generate([[1]], rollcast.Sampling()))
-    report.write_text(json.dumps(facts))
+    Path(f"{report}.{job.trainer_rank}").write_text(json.dumps(facts))
 
 
 def in_flight(
@@ -88,7 +97,7 @@ def generate(job: rollcast.Job, synced: threading.Event) -> list[tuple[list[int]
     sampling = rollcast.Sampling(max_tokens=LENGTH, ignore_eos=True, n=4)
     pairs: list[tuple[list[int], rollcast.Completion]] = []
     while not pairs or not synced.is_set():
-        groups = job.pool.generate(PROMPTS, sampling)
+        groups = job.pool.generate(PROMPTS, sampling, request_ids=NAMES)
         pairs += [(prompt, sample) for prompt, group in zip(PROMPTS, groups, strict=True) for sample in group]
     return pairs
 
