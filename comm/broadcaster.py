@@ -91,7 +91,7 @@ class WeightBroadcaster:
             if sent == len(self._bound[1]):
                 return
             # The trainer has given its weights other memory since.
-            self._source.current()
+            self._source.check()
             if self._source.formats() != self._formats:
                 raise ValueError("weights have changed their dtype or device since the last sync")
         yield from islice(self._made(timer), sent, None)

@@ -88,7 +88,7 @@ class Copies:
         elif gentle not in self._sorted:
             with torch.cuda.stream(self._stream):
                 self._sorted[gentle] = self._sort(GENTLE_ENGINE_BYTES if gentle else ENGINE_BYTES)
-                self._launch(*self._sorted[gentle])
+                self._launch(*self._sorted[gentle], self._stream.cuda_stream)
         else:
             if gentle not in self._graphs:
                 self._graphs[gentle] = self._record(*self._sorted[gentle])
@@ -103,21 +103,23 @@ class Copies:
         table = chunks(small).pin_memory().to(self._device, non_blocking=True) if small else None
         return table, [its for its in self._places if its not in kept]
 
-    def _launch(self, table: torch.Tensor | None, by_engine: Places) -> None:
+    def _launch(self, table: torch.Tensor | None, by_engine: Places, stream: int) -> None:
+        """On the current stream, which is `stream`."""
         if table is not None:
             copy_chunks(table)
-        _memcpy(by_engine, self._stream.cuda_stream)
+        _memcpy(by_engine, stream)
 
     def _record(self, table: torch.Tensor | None, by_engine: Places) -> Any:
         """The launches as a graph, and the stream as cupy has it."""
-        external = _cupy().cuda.ExternalStream(self._stream.cuda_stream)
-        external.begin_capture()
+        # Torch's streams are a few, which take turns: ours may be one that others launch on meanwhile.
+        recorder = _cupy().cuda.Stream(non_blocking=True)
+        recorder.begin_capture()
         try:
-            with torch.cuda.stream(self._stream):
-                self._launch(table, by_engine)
+            with torch.cuda.stream(torch.cuda.ExternalStream(recorder.ptr, device=self._device)):
+                self._launch(table, by_engine, recorder.ptr)
         finally:
-            graph = external.end_capture()
-        return graph, external
+            graph = recorder.end_capture()
+        return graph, _cupy().cuda.ExternalStream(self._stream.cuda_stream)
 
 
 def _memcpy(places: Places, stream: int) -> None:

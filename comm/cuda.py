@@ -74,6 +74,11 @@ def allocation(address: int) -> Allocation:
     return Allocation(start, nbytes, number, capable and nbytes >= BLOCK_BYTES)
 
 
+def allocation_number(address: int) -> int:
+    """`Allocation.number` of the allocation that a device address belongs to; takes a quarter of the time."""
+    return _attribute(BUFFER_ID, address, ctypes.c_uint64)
+
+
 def exportable_bytes(count: int) -> torch.Tensor:
     """Flat uint8 memory on the current device, of its own `cudaMalloc`: exportable, whatever torch's allocator does."""
     import cupy  # pyright: ignore[reportMissingImports]  (CUDA machines only)

@@ -24,7 +24,7 @@ from rollcast.comm.deadline import Deadline, nap
 from rollcast.comm.gpus import gpu_uuid
 from rollcast.comm.group import Parcel
 from rollcast.comm.lines import call, listen
-from rollcast.comm.offers import Offer, Surveyor
+from rollcast.comm.offers import Offer, Surveyor, check
 from rollcast.comm.peers import Peer, PeerError, host_name, meet
 
 ACK = b"read"
@@ -115,18 +115,17 @@ class IpcGroup:
         return self._peers[line + 1 if self.rank == 0 else 0].name
 
     def _offer(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> "OfferWork":
-        message = self._message(tensors, deadline)
+        known: tuple[bytes, Offer] | None = tensors.known(self._here) if isinstance(tensors, Parcel) else None
+        message = known[0] if known else self._message(tensors, deadline)
         # Other processes know nothing of this one's streams: what is offered must be there.
         torch.cuda.current_stream(self.device).synchronize()
         for line in range(len(self._lines)):
             self.tell(line, message)
         self._offered += 1
-        return OfferWork(self, self._offered)
+        return OfferWork(self, self._offered, again=tensors if known and isinstance(tensors, Parcel) else None)
 
     def _message(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> bytes:
-        """The offer of these tensors, or of copies of them. A parcel's memory is not freed, so it is found once."""
-        if isinstance(tensors, Parcel) and (known := tensors.known(self._here)):
-            return known
+        """The offer of these tensors, or of copies of them. That of a parcel is noted, and used again."""
         offer = self._surveyor.offer(tensors)
         if offer is None:
             offer = self._surveyor.offer(self._staged(tensors, deadline))
@@ -134,8 +133,15 @@ class IpcGroup:
             return msgspec.msgpack.encode(offer)
         message = msgspec.msgpack.encode(offer)
         if isinstance(tensors, Parcel):
-            tensors.note = (self._here, message)
+            tensors.note = (self._here, (message, offer))
         return message
+
+    def check(self, parcel: Parcel) -> None:
+        """Raises `RuntimeError` if a parcel that was offered again lies in other memory by now."""
+        note, parcel.note = parcel.note, None
+        if note is not None:
+            check(note[1][1])
+        parcel.note = note
 
     def _staged(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> list[torch.Tensor]:
         """Copies in memory that can be mapped, one after the other. Two stages are used in turn."""
@@ -198,12 +204,16 @@ class IpcGroup:
 class OfferWork:
     """The sender's side of a broadcast: over when every receiver has read it."""
 
-    def __init__(self, group: IpcGroup, number: int) -> None:
+    def __init__(self, group: IpcGroup, number: int, *, again: Parcel | None = None) -> None:
         self._group = group
         self._number = number
+        self._again = again
 
     def wait(self, deadline: Deadline) -> None:
         """See `Work.wait`."""
+        if self._again is not None:
+            # Now, while it is read: asking takes a while.
+            self._group.check(self._again)
         for line in range(len(self._group.read)):
             while self._group.read[line] < self._number:
                 self._group.take(line, what="a broadcast over CUDA IPC", deadline=deadline)

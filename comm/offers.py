@@ -6,7 +6,7 @@ import msgspec
 import torch
 from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]  (CUDA machines only)
 
-from rollcast.comm.cuda import Allocation, allocation
+from rollcast.comm.cuda import Allocation, allocation, allocation_number
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
@@ -16,6 +16,13 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     """CUDA IPC handle, address at the sender, bytes, and the sender's number of it."""
     parts: list[tuple[int, int, int]]
     """Of each tensor: index of its allocation, first byte in it, bytes."""
+
+
+def check(offer: Offer) -> None:
+    """Raises `RuntimeError` if memory was freed since the offer was made, whatever is at its addresses now."""
+    for _, start, _, number in offer.allocations:
+        if allocation_number(start) != number:
+            raise RuntimeError("the weights are in other memory than at the last sync, at the same address: sync again")
 
 
 class Surveyor:

@@ -1,6 +1,6 @@
 """What one lane has on its way out (trainer)."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +19,8 @@ from rollcast.comm.window import Window
 Formats = Sequence[tuple[torch.dtype, str]]
 """Dtype and kind of device of each parameter, as the trainer has it."""
 NOTHING = torch.empty(0, dtype=torch.uint8)
+# More is not on the wire at a time. A receiver that has stopped must be noticed, not written to.
+MOST_UNANSWERED = 8
 
 
 @dataclass(slots=True)
@@ -63,7 +65,7 @@ class Outbox:
         self._rooms: list[dict[int, int]] = []
         used = [self._place(turn, formats, device.type) for turn in range(len(lane.buckets))]
         self.window = Window(max(used), device=device)
-        self._works: list[Work] = []
+        self._works: deque[Work] = deque()
         self._load: Load | None = None
 
     def _place(self, turn: int, formats: Formats, device: str) -> int:
@@ -133,6 +135,8 @@ class Outbox:
                 self.window.put(load.turn, work, held=load)
             else:
                 self._works.append(work)
+                if len(self._works) > MOST_UNANSWERED:
+                    self._works.popleft().wait(self._deadline)
         self._sent += 1
 
     def finish(self) -> None:

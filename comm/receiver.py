@@ -1,5 +1,6 @@
 """The receiving side of a plan (runs in every vLLM worker)."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -53,7 +54,11 @@ class WeightReceiver:
                 spare -= spare_bytes(bucket)
                 if spare < 0:
                     break
-                self._ahead.append(Ahead(bucket, self._bind(turn)[0]))
+                # What is spare may lie in pieces.
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    self._ahead.append(Ahead(bucket, self._bind(turn)[0]))
+                if len(self._ahead) <= turn:
+                    break
         return bool(self._ahead)
 
     def release(self) -> None:

@@ -1,5 +1,6 @@
 """The trainer's weights: their specs, and their values in any order (trainer)."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from rollcast.comm.places import Places, Spots, identity
 WRAPPER_LEVELS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 Weights = nn.Module | Mapping[str, torch.Tensor]
+MANY = 2048
 
 
 class WeightSource:
@@ -35,8 +37,8 @@ class WeightSource:
         self._weights = weights
         self._dtype = dtype
         self._places: Places | None = None
-        # Of each parameter, what is in its place: `_tensors` are aliases, which do not see it get other memory.
-        self._owners: list[torch.Tensor] = []
+        # Of each parameter, what is in its places: `_tensors` are aliases, which do not see it get other memory.
+        self._owners: list[list[torch.Tensor]] = []
         self.manifest = self.current()
 
     @property
@@ -55,8 +57,7 @@ class WeightSource:
         Collective: sharded tensors are gathered one at a time. Raises `ValueError` before the first tensor when
         the weights no longer match the manifest.
         """
-        if difference := self.manifest.difference(self.current()):
-            raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
+        self.check()
         tensors = self._tensors
         for param in order:
             yield param, full(tensors[param])
@@ -70,15 +71,22 @@ class WeightSource:
             self._places, self._owners = _places_of(self._weights, self._tensors)
         return self._manifest
 
+    def check(self) -> None:
+        """Raises `ValueError` naming what of the weights is not as the manifest says, if anything is."""
+        if difference := self.manifest.difference(self.current()):
+            raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
+
     def glance(self) -> Manifest:
-        """The same, without a look at where the weights' memory is if they are `steady`: `spots` tell."""
-        if self.steady() is None or self._places is None or not self._places.same():
-            return self.current()
-        return self._manifest
+        """The same as `current`, but where there are thousands of `steady` tensors, without a look at their memory.
+
+        That takes tens of milliseconds, before the first byte. `spots` tell, bucket by bucket.
+        """
+        many = len(self._tensors) >= MANY and self.steady() is not None
+        return self._manifest if many and self._places and self._places.same() else self.current()
 
     def spots(self, params: Sequence[int]) -> Spots:
         """Where the memory of some parameters is now, if the weights are `steady`."""
-        return Spots([self._owners[param] for param in params])
+        return Spots([owner for param in params for owner in self._owners[param]])
 
     def steady(self) -> list[torch.Tensor] | None:
         """The tensors of the last `current`, if `walk` yields just those and they stay where they are.
@@ -144,8 +152,11 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _places_of(weights: Weights, tensors: Sequence[torch.Tensor]) -> tuple[Places | None, list[torch.Tensor]]:
-    """The places of all `tensors`, and what is there. None if any is sharded, strided or made for the occasion."""
+def _places_of(weights: Weights, tensors: Sequence[torch.Tensor]) -> tuple[Places | None, list[list[torch.Tensor]]]:
+    """The places of all `tensors`, and what is there: several objects, if they share memory.
+
+    None if any is sharded, strided or made for the occasion.
+    """
     if any(isinstance(tensor, DTensor) or not tensor.is_contiguous() for tensor in tensors):
         return None, []
     if isinstance(weights, nn.Module):
@@ -156,7 +167,8 @@ def _places_of(weights: Weights, tensors: Sequence[torch.Tensor]) -> tuple[Place
         places = Places([weights])
     else:
         return None, []
-    kept = {identity(tensor): tensor for tensor in places.tensors}
-    owners = [kept.get(identity(tensor)) for tensor in tensors]
-    found = [owner for owner in owners if owner is not None]
-    return (places, found) if len(found) == len(owners) else (None, [])
+    kept: dict[object, list[torch.Tensor]] = defaultdict(list)
+    for tensor in places.tensors:
+        kept[identity(tensor)].append(tensor)
+    owners = [kept.get(identity(tensor), []) for tensor in tensors]
+    return (places, owners) if all(owners) else (None, [])

@@ -38,7 +38,7 @@ class Gate:
         self._turn = threading.Condition()
         self._passed = 0
         self.others = 0
-        """Calls so far that were no steps. Only they can move weights."""
+        """Calls so far that were no steps. Of all that vLLM does, only these are known to move weights."""
         self._limit: int | None = None
         self._inside = False
         self._guard(worker)

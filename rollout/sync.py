@@ -213,7 +213,7 @@ class PoolBroadcaster:
     ) -> Exception | None:
         """Send everything once. A failure is returned: the other ranks may have another walk before them."""
         try:
-            # The agreement has looked at the weights already.
+            # The agreement has glanced at the weights already.
             broadcaster.send(self._lanes.groups, deadline=deadline, timer=timer, checksums=checksums, looked=True)
         except Exception as error:
             for group in self._lanes.groups.values():

@@ -1,5 +1,6 @@
 """What a sync does in a vLLM worker (every tensor-parallel rank of every engine)."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from rollcast.comm import Deadline, Group, Lane, Manifest, PhaseTimer, WeightReceiver
+from rollcast.comm.deadline import nap
 from rollcast.rollout.adapters import AdapterLanding, compile_adapter
 from rollcast.rollout.bells import Bell
 from rollcast.rollout.compiler import compile_landing
@@ -20,6 +22,14 @@ from rollcast.rollout.shadow import Shadow, spare_bytes
 from rollcast.rollout.tape import LandingError
 
 MOVED = "{} was moved while weights were on their way: sync again"
+
+
+def wait_until_ready(group: Group, gate: Gate, deadline: Deadline) -> None:
+    """Until the first broadcast can start."""
+    start = time.perf_counter()
+    while not group.ready():
+        deadline.left("the trainer's first bucket")
+        nap(start, gentle=gate.busy)
 
 
 class SyncedWorker:
@@ -79,7 +89,9 @@ class SyncedWorker:
                         gate.follow(stream)
                         self.rollcast_shadow = Shadow(self.rollcast_landing, lane, device=worker.device)
             with gate.beside(), torch.no_grad():
-                return {"phases_s": self.rollcast_shadow.receive(group, verify=verify, deadline=deadline)}
+                phases_s = self.rollcast_shadow.receive(group, verify=verify, deadline=deadline)
+                self._rollcast_make_sure()
+                return {"phases_s": phases_s}
 
     def rollcast_apply(self, timeout_s: float) -> dict[str, dict[str, Any]]:
         """Switch to the weights that have been received aside. Later GPU work of this worker uses them.
@@ -127,14 +139,19 @@ class SyncedWorker:
         assert gate is not None
 
         def start() -> None:
-            # Workers of one engine would wait for each other, and the sender for one of them.
-            alone = self.rollcast_bell.workers == 1
             if group and alone and gate.busy and receiver.get_ahead(spare_bytes):
                 # Steps need the GPU.
                 group.gentle = True
                 receiver.start(group, deadline=deadline)
 
+        # Workers of one engine would wait for each other, and the sender for one of them.
+        alone = self.rollcast_bell.workers == 1
         with gate.beside() as stream:
+            if group and alone:
+                # The trainer may still gather or pack: the engine need not stand still for that.
+                wait_until_ready(group, gate, deadline)
+                if gate.busy:
+                    receiver.get_ahead(spare_bytes)
             waited_s = timer.total_s()
             with self._rollcast_between_steps(deadline, start):
                 timer.phases_s["gate"] = timer.total_s() - waited_s

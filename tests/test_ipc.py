@@ -67,6 +67,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
         monkeypatch.delitem(sys.modules, name, raising=False)
     ipc = importlib.import_module("rollcast.comm.ipc")
     monkeypatch.setattr(sys.modules["rollcast.comm.offers"], "allocation", fake.allocation)
+    monkeypatch.setattr(sys.modules["rollcast.comm.offers"], "allocation_number", lambda address: fake.number)
     monkeypatch.setattr(ipc, "gpu_uuid", lambda device: f"GPU-{device}")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
@@ -164,6 +165,19 @@ def test_what_comes_again_is_found_once_and_anew_after_a_release(runtime: Runtim
         assert (runtime.asked > asked) == (turn in (0, 5)) and runtime.mapped
     side.sender.broadcast(source, root=0, deadline=Deadline(10))
     assert side.receivers[0].ready()
+
+
+def test_memory_that_was_freed_and_given_again_fails_one_broadcast(runtime: Runtime) -> None:
+    side = Side(1)
+    source, target = Parcel([torch.ones(100, dtype=torch.uint8)]), Parcel([torch.zeros(100, dtype=torch.uint8)])
+    for turn, fails in enumerate((False, False, True, False)):
+        runtime.number += fails
+        source[0].fill_(turn)
+        reading = side.threads.submit(pass_on, side.receivers[0], target)
+        with pytest.raises(RuntimeError, match="in other memory") if fails else contextlib.nullcontext():
+            pass_on(side.sender, source)
+        reading.result(10)
+    assert torch.equal(target[0], source[0])
 
 
 def test_other_sizes_are_refused(runtime: Runtime) -> None:

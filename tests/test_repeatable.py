@@ -1,11 +1,12 @@
 """Deterministic engines: the same calls in the same order give the same tokens; nothing waits for ever."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from models import build
-from torchrun import run_facts
+from torchrun import JOBS, run_job
 
 from rollcast.launch.options import parse
 from rollcast.rollout import PreflightError, RolloutConfig, Sampling
@@ -15,22 +16,36 @@ from rollcast.rollout.routing import Router
 vllm = pytest.mark.vllm
 
 
-def run(folder: Path) -> dict[str, Any]:
+def run(folder: Path) -> list[dict[str, Any]]:
+    """What each trainer rank has found. Their batches meet in the engine, in whatever order."""
     build("untied").save_pretrained(folder / "model")
-    return run_facts("repeatable.py", folder, ranks=2, timeout_s=200)
+    done = run_job(JOBS / "repeatable.py", folder / "model", folder / "facts", ranks=4, cwd=folder, timeout_s=250)
+    assert done.code == 0, done.output
+    return [json.loads((folder / f"facts.{rank}").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     return [run(tmp_path_factory.mktemp("run")) for _ in range(2)]
 
 
+@pytest.fixture(params=[0, 1], ids=["rank 0", "rank 1"])
+def runs(both: list[list[dict[str, Any]]], request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return [found[request.param] for found in both]
+
+
 @vllm
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_two_runs_draw_the_same_tokens(runs: list[dict[str, Any]]) -> None:
     one, other = runs
     for name in ("tokens", "streamed", "seeded", "drawn"):
         assert one[name] == other[name], name
+
+
+@vllm
+def test_trainer_ranks_draw_different_ones(both: list[list[dict[str, Any]]]) -> None:
+    (first, second), _ = both
+    assert first["tokens"] != second["tokens"] and first["seeded"] == second["seeded"]
 
 
 @vllm

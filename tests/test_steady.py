@@ -7,9 +7,17 @@ from sides import Sides, check_same_bytes, every_kind
 
 from rollcast.comm import WeightSource
 from rollcast.comm.buckets import LARGE_BYTES
+from rollcast.comm.source import MANY
 
 
-def test_weights_that_stay_are_walked_once_and_found_again_when_they_move() -> None:
+@pytest.fixture(params=[0, MANY], ids=["many", "few"])
+def many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether there are so many tensors that each is looked at when its turn comes."""
+    monkeypatch.setattr("rollcast.comm.source.MANY", request.param)
+    return not request.param
+
+
+def test_weights_that_stay_are_walked_once_and_found_again_when_they_move(many: bool) -> None:
     weights = every_kind(seed=0) | {"big": torch.randn(LARGE_BYTES // 4)}
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
     source = WatchedSource(contiguous)
@@ -40,7 +48,8 @@ def test_weights_that_stay_are_walked_once_and_found_again_when_they_move() -> N
             check_same_bytes(sides.memories[0].tensors, contiguous)
 
 
-def test_weights_that_change_their_dtype_on_the_way_fail_one_sync() -> None:
+def test_weights_that_change_their_dtype_on_the_way_fail_one_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollcast.comm.source.MANY", 0)
     weights = {name: torch.randn(300) for name in "abcd"}
     sides = Sides(WeightSource(weights, dtype=torch.bfloat16))
     with Ranks([0]) as ranks:
@@ -57,7 +66,20 @@ def test_weights_that_change_their_dtype_on_the_way_fail_one_sync() -> None:
         check_same_bytes(sides.memories[0].tensors, {name: tensor.bfloat16() for name, tensor in weights.items()})
 
 
-def test_weights_of_another_shape_at_the_same_address_are_refused() -> None:
+def test_two_names_of_one_memory_are_both_looked_at(many: bool) -> None:
+    one = torch.randn(300)
+    weights = {"a": one, "b": torch.randn(300), "c": one.view(300)}
+    source = WeightSource(weights)
+    sides = Sides(source)
+    with Ranks([0]) as ranks:
+        for _ in range(2):
+            sides.sync(ranks)
+        weights["a"].data = torch.randn(300)
+        with pytest.raises(ValueError, match=r"the trainer.s weights changed since the broadcaster was made: .*c"):
+            send(sides.broadcaster, ranks.senders)
+
+
+def test_weights_of_another_shape_at_the_same_address_are_refused(many: bool) -> None:
     weights = {"p": torch.randn(8, 4)}
     source = WeightSource(weights)
     sides = Sides(source)

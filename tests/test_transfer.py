@@ -176,6 +176,29 @@ def test_the_first_buckets_travel_while_live_parameters_are_read(
             weights["float32"].add_(1.0)
 
 
+class Late(Tapped):
+    """Has the root's word for some broadcasts only, so far."""
+
+    def ready(self) -> bool:
+        return self.broadcasts % 10 < 3
+
+
+def test_no_more_buckets_travel_ahead_than_there_are() -> None:
+    sides = Sides(WeightSource(weights := {f"p{index}": torch.randn(200) for index in range(10)}))
+    (memory,), receiver = sides.memories, sides.receivers[0]
+    assert len(sides.plan.lanes[0].buckets) == 10 and receiver.get_ahead(lambda device: 1 << 20)
+    with Ranks([0]) as ranks:
+        late = Late(ranks.workers[0])
+        for _ in range(2):
+            weights["p0"].add_(1.0)
+            sent = ranks.start(send, sides.broadcaster, ranks.senders)
+            receiver.start(late, deadline=Deadline(LONG_S))
+            assert receiver.started == 3
+            receive(receiver, late)
+            sent.result(LONG_S)
+            check_same_bytes(memory.tensors, weights)
+
+
 def test_masters_of_another_dtype_are_packed_and_received_in_place() -> None:
     weights = {"big": torch.randn(LARGE_BYTES), "small": torch.randn(100)}
     sides = Sides(WeightSource(weights, dtype=torch.bfloat16), bucket_bytes=1 << 26)

@@ -30,7 +30,6 @@ class FaultyWorker(RollcastWorker):
     def rollcast_receive(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, version: int, *arguments: Any
     ) -> dict[str, dict[str, Any]]:
-        assert self.rollcast_gate is not None
         fault = FAULT.read_text()
         if fault == "raise":
             try:
@@ -43,12 +42,21 @@ class FaultyWorker(RollcastWorker):
         if fault == "flip after the checksum":
             commit = self.rollcast_landing.commit
             self.rollcast_landing.commit = lambda: damage(self, commit)  # type: ignore[method-assign]
-        if fault.startswith("move"):
-            # As a call of vLLM's; "unseen", as nothing known does.
-            passing = nullcontext() if "unseen" in fault else self.rollcast_gate.passing()
-            with passing:
-                move_weights(self._rollcast_model(), torch.bfloat16 if fault == "move to bfloat16" else torch.float32)
+        self._move_if_told(fault)
         return super().rollcast_receive(version, *arguments)
+
+    def rollcast_receive_aside(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, version: int, *arguments: Any
+    ) -> dict[str, dict[str, Any]]:
+        self._move_if_told(FAULT.read_text())
+        return super().rollcast_receive_aside(version, *arguments)
+
+    def _move_if_told(self, fault: str) -> None:
+        if fault.startswith("move"):
+            assert self.rollcast_gate is not None
+            # As a call of vLLM's; "unseen", as nothing known does.
+            with nullcontext() if "unseen" in fault else self.rollcast_gate.passing():
+                move_weights(self._rollcast_model(), torch.bfloat16 if fault == "move to bfloat16" else torch.float32)
 
 
 def move_weights(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """Streams, aborts and mistakes with deterministic engines, on which requests wait for each other (run by torchrun).
 
-repeatable.py MODEL_FOLDER REPORT.json
+repeatable.py MODEL_FOLDER REPORT.json      (2 trainers, each with a report of its own; an engine of two workers)
 """
 
 import asyncio
@@ -20,10 +20,12 @@ LONG = rollcast.Sampling(max_tokens=900, ignore_eos=True)
 
 def main() -> None:
     folder, report = sys.argv[1], Path(sys.argv[2])
-    config = rollcast.RolloutConfig(model=folder, enforce_eager=True, log_dir=folder, deterministic=True)
+    config = rollcast.RolloutConfig(
+        model=folder, trainers=2, tensor_parallel_size=2, enforce_eager=True, log_dir=folder, deterministic=True
+    )
     with rollcast.join(config) as job:
         if job.is_trainer:
-            report.write_text(json.dumps(facts(job)))
+            Path(f"{report}.{job.trainer_rank}").write_text(json.dumps(facts(job)))
 
 
 def facts(job: rollcast.Job) -> dict[str, Any]:

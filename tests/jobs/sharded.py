@@ -68,11 +68,15 @@ def facts(job: rollcast.Job) -> dict[str, Any]:
     found["unseen"] = failure(lambda: broadcaster.sync(version=5))
     FAULT.write_text("")
     broadcaster.sync(version=5)
+    FAULT.write_text("move unseen")
+    found["unseen aside"] = failure(lambda: broadcaster.sync(version=6, mode="shadow"))
+    FAULT.write_text("")
+    broadcaster.sync(version=6)
     found["after unseen"] = job.pool.fingerprints()
     FAULT.write_text("move to bfloat16")
-    found["changed"] = failure(lambda: broadcaster.sync(version=6))
+    found["changed"] = failure(lambda: broadcaster.sync(version=7))
     FAULT.write_text("")
-    found["changed for good"] = failure(lambda: broadcaster.sync(version=6))
+    found["changed for good"] = failure(lambda: broadcaster.sync(version=7))
     found["after changed"] = state(job)
     return found
 
