@@ -148,57 +148,6 @@ def stretches(weights: Weights, bucket_bytes: int) -> list[tuple[int, int]]:
     ]
 
 
-@pytest.mark.parametrize("checksums", [False, True])
-@pytest.mark.parametrize(
-    "room, wide, buckets", [(1 << 20, False, 4), (5 * BUCKET_BYTES // 2, False, 2), (1 << 20, True, 2)]
-)
-def test_the_first_buckets_travel_while_live_parameters_are_read(
-    checksums: bool, room: int, wide: bool, buckets: int
-) -> None:
-    source = WeightSource(weights := every_kind(seed=3))
-    first, *others = whole_moves(source.manifest)
-    sides = Sides(source, moves=(widened(source.manifest)[0] if wide else first, *others))
-    (memory,), receiver = sides.memories, sides.receivers[0]
-    assert not receiver.get_ahead(lambda device: 100)
-    assert receiver.get_ahead(lambda device: room)
-    with Ranks([0]) as ranks:
-        for turn in range(3):
-            before = {name: tensor.clone() for name, tensor in memory.tensors.items()}
-            sent = ranks.start(send, sides.broadcaster, ranks.senders, checksums=checksums)
-            if turn != 1:
-                receiver.start(ranks.workers[0], deadline=Deadline(LONG_S))
-                assert receiver.started == buckets
-                time.sleep(0.2)
-                check_same_bytes(memory.tensors, before)
-            receive(receiver, ranks.workers[0], checksums=checksums)
-            sent.result(LONG_S)
-            check_same_bytes(memory.tensors, weights | ({"float32": weights["float32"].double()} if wide else {}))
-            weights["float32"].add_(1.0)
-
-
-class Late(Tapped):
-    """Has the root's word for some broadcasts only, so far."""
-
-    def ready(self) -> bool:
-        return self.broadcasts % 10 < 3
-
-
-def test_no_more_buckets_travel_ahead_than_there_are() -> None:
-    sides = Sides(WeightSource(weights := {f"p{index}": torch.randn(200) for index in range(10)}))
-    (memory,), receiver = sides.memories, sides.receivers[0]
-    assert len(sides.plan.lanes[0].buckets) == 10 and receiver.get_ahead(lambda device: 1 << 20)
-    with Ranks([0]) as ranks:
-        late = Late(ranks.workers[0])
-        for _ in range(2):
-            weights["p0"].add_(1.0)
-            sent = ranks.start(send, sides.broadcaster, ranks.senders)
-            receiver.start(late, deadline=Deadline(LONG_S))
-            assert receiver.started == 3
-            receive(receiver, late)
-            sent.result(LONG_S)
-            check_same_bytes(memory.tensors, weights)
-
-
 def test_masters_of_another_dtype_are_packed_and_received_in_place() -> None:
     weights = {"big": torch.randn(LARGE_BYTES), "small": torch.randn(100)}
     sides = Sides(WeightSource(weights, dtype=torch.bfloat16), bucket_bytes=1 << 26)
