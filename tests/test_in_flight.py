@@ -1,11 +1,10 @@
 """Requests that a sync meets half way, and the pool's and broadcaster's refusals."""
 
-import json
 from typing import Any
 
 import pytest
 from models import build
-from torchrun import JOBS, run_job
+from torchrun import run_facts_of_trainers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -23,10 +22,9 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], di
     for name, (trainers, size) in SHAPES.items():
         folder = tmp_path_factory.mktemp("in_flight")
         build("untied").save_pretrained(folder / "model")
-        arguments = folder / "model", folder / "facts", str(trainers), str(size)
-        done = run_job(JOBS / "in_flight.py", *arguments, ranks=trainers + size, cwd=folder, timeout_s=250)
-        assert done.code == 0, done.output
-        found |= {(name, rank): json.loads((folder / f"facts.{rank}").read_text()) for rank in range(trainers)}
+        arguments, ranks = (str(trainers), str(size)), trainers + size
+        facts = run_facts_of_trainers("in_flight.py", folder, *arguments, trainers=trainers, ranks=ranks, timeout_s=250)
+        found |= {(name, rank): its for rank, its in enumerate(facts)}
     return found
 
 

@@ -1,12 +1,11 @@
 """Deterministic engines: the same calls in the same order give the same tokens; nothing waits for ever."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from models import build
-from torchrun import JOBS, run_job
+from torchrun import run_facts_of_trainers
 
 from rollcast.launch.options import parse
 from rollcast.rollout import PreflightError, RolloutConfig, Sampling
@@ -19,9 +18,7 @@ vllm = pytest.mark.vllm
 def run(folder: Path) -> list[dict[str, Any]]:
     """What each trainer rank has found. Their batches meet in the engine, in whatever order."""
     build("untied").save_pretrained(folder / "model")
-    done = run_job(JOBS / "repeatable.py", folder / "model", folder / "facts", ranks=4, cwd=folder, timeout_s=250)
-    assert done.code == 0, done.output
-    return [json.loads((folder / f"facts.{rank}").read_text()) for rank in range(2)]
+    return run_facts_of_trainers("repeatable.py", folder, trainers=2, ranks=4, timeout_s=250)
 
 
 @pytest.fixture(scope="module")

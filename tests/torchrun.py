@@ -109,3 +109,11 @@ def run_facts(
     done = run_job(*places, *arguments, ranks=ranks, cwd=folder, timeout_s=timeout_s, env=env)
     assert done.code == 0, done.output
     return json.loads(report.read_text())
+
+
+def run_facts_of_trainers(job: str, folder: Path, *arguments: str, trainers: int, **how: Any) -> list[dict[str, Any]]:
+    """The same where every trainer rank has a report of its own; by rank. `how` is as `run_job` takes it."""
+    report = folder / "facts"
+    done = run_job(JOBS / job, folder / "model", report, *arguments, cwd=folder, **how)
+    assert done.code == 0, done.output
+    return [json.loads(Path(f"{report}.{rank}").read_text()) for rank in range(trainers)]
