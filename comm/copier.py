@@ -16,7 +16,7 @@ THREADS = 1024
 ENGINE_BYTES = 16 << 20
 GENTLE_ENGINE_BYTES = 256 << 10
 MEMCPY_DEFAULT = 4
-Places = Sequence[tuple[int, int, int]]
+Extents = Sequence[tuple[int, int, int]]
 """Target, source and bytes."""
 KERNEL = r"""
 extern "C" __global__ void copy_chunks(const unsigned long long* table) {
@@ -54,8 +54,8 @@ class FusedCopy:
         self._targets, self._sources = [target for target, _ in others], [source for _, source in others]
         self._chunks: torch.Tensor | None = None
         if plain:
-            places = [(target.data_ptr(), source.data_ptr(), target.nbytes) for target, source in plain]
-            self._chunks = chunks(places).to(plain[0][0].device)
+            extents = [(target.data_ptr(), source.data_ptr(), target.nbytes) for target, source in plain]
+            self._chunks = chunks(extents).to(plain[0][0].device)
 
     def run(self) -> None:
         """Copy, on the current stream."""
@@ -73,18 +73,18 @@ class Copies:
     hand the interpreter to other threads for a while.
     """
 
-    def __init__(self, places: Places, *, device: torch.device, stream: Any) -> None:
-        self._places = places
+    def __init__(self, extents: Extents, *, device: torch.device, stream: Any) -> None:
+        self._extents = extents
         self._device = device
         self._stream = stream
         # For those that are gentle, and for the others.
-        self._sorted: dict[bool, tuple[torch.Tensor | None, Places]] = {}
+        self._sorted: dict[bool, tuple[torch.Tensor | None, Extents]] = {}
         self._graphs: dict[bool, Any] = {}
 
     def run(self, *, gentle: bool) -> None:
         """Copy; `gentle` if others need the multiprocessors."""
         if self._device.type != "cuda":
-            _memcpy(self._places, self._stream.cuda_stream)
+            _memcpy(self._extents, self._stream.cuda_stream)
         elif gentle not in self._sorted:
             with torch.cuda.stream(self._stream):
                 self._sorted[gentle] = self._sort(GENTLE_ENGINE_BYTES if gentle else ENGINE_BYTES)
@@ -95,21 +95,21 @@ class Copies:
             graph, external = self._graphs[gentle]
             graph.launch(external)
 
-    def _sort(self, engine_bytes: int) -> tuple[torch.Tensor | None, Places]:
+    def _sort(self, engine_bytes: int) -> tuple[torch.Tensor | None, Extents]:
         """The kernel's table, and what is left to the copy engines."""
-        small = [its for its in self._places if its[2] < engine_bytes and is_aligned(*its[:2])]
+        small = [its for its in self._extents if its[2] < engine_bytes and is_aligned(*its[:2])]
         kept = set(small)
         # Pinned, or the table would wait for the copies before it, and this thread with it.
         table = chunks(small).pin_memory().to(self._device, non_blocking=True) if small else None
-        return table, [its for its in self._places if its not in kept]
+        return table, [its for its in self._extents if its not in kept]
 
-    def _launch(self, table: torch.Tensor | None, by_engine: Places, stream: int) -> None:
+    def _launch(self, table: torch.Tensor | None, by_engine: Extents, stream: int) -> None:
         """On the current stream, which is `stream`."""
         if table is not None:
             copy_chunks(table)
         _memcpy(by_engine, stream)
 
-    def _record(self, table: torch.Tensor | None, by_engine: Places) -> Any:
+    def _record(self, table: torch.Tensor | None, by_engine: Extents) -> Any:
         """The launches as a graph, and the stream as cupy has it."""
         # Torch's streams are a few, which take turns: ours may be one that others launch on meanwhile.
         recorder = _cupy().cuda.Stream(non_blocking=True)
@@ -122,17 +122,17 @@ class Copies:
         return graph, _cupy().cuda.ExternalStream(self._stream.cuda_stream)
 
 
-def _memcpy(places: Places, stream: int) -> None:
+def _memcpy(extents: Extents, stream: int) -> None:
     from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]  (CUDA machines only)
 
-    for target, source, nbytes in places:
+    for target, source, nbytes in extents:
         runtime.memcpyAsync(target, source, nbytes, MEMCPY_DEFAULT, stream)
 
 
-def chunks(places: Places) -> torch.Tensor:
+def chunks(extents: Extents) -> torch.Tensor:
     """Cut copies (target, source, bytes) to pieces of at most `CHUNK_BYTES`: int64 [pieces, 3], on the CPU."""
     # numpy: torch would wake threads for it.
-    target, source, nbytes = np.array(places, dtype=np.int64).T
+    target, source, nbytes = np.array(extents, dtype=np.int64).T
     counts = -(-nbytes // CHUNK_BYTES)
     whose = np.repeat(np.arange(len(counts)), counts)
     offset = (np.arange(len(whose)) - (np.cumsum(counts) - counts)[whose]) * CHUNK_BYTES

@@ -17,10 +17,14 @@ LENGTH = 900
 GIGABYTE = 10**9
 
 
-def needs_gpus(count: int) -> Callable[[Any], Any]:
-    """Mark a test, and skip it where there are not as many GPUs."""
+def on_gpus(count: int) -> list[pytest.MarkDecorator]:
+    """Marks of a test that is skipped where there are not as many GPUs."""
     mark = pytest.mark.gpu if count == 1 else pytest.mark.gpus2
-    skip = pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} NVIDIA GPU(s)")
+    return [mark, pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} NVIDIA GPU(s)")]
+
+
+def needs_gpus(count: int) -> Callable[[Any], Any]:
+    mark, skip = on_gpus(count)
     return lambda test: mark(skip(test))
 
 
@@ -63,10 +67,17 @@ def test_bytes_cross_within_a_gpu(tmp_path: Path) -> None:
     assert check_transport(tmp_path, "ipc", "shared") > 10
 
 
-@needs_gpus(2)
-@pytest.mark.parametrize("transport", ["nccl", "ipc"])
-def test_a_synced_engine_equals_a_fresh_one_on_gpus(tmp_path: Path, transport: str) -> None:
-    shape: Any = {"tensor_parallel_size": 1, "cpu_weights": "plain"}
+@pytest.mark.parametrize(
+    ("transport", "tensor_parallel_size"),
+    [
+        pytest.param("nccl", 1, marks=on_gpus(2)),
+        pytest.param("ipc", 1, marks=on_gpus(2)),
+        pytest.param("nccl", 2, marks=on_gpus(3)),
+        pytest.param("ipc", 2, marks=on_gpus(3)),
+    ],
+)
+def test_a_synced_engine_equals_a_fresh_one_on_gpus(tmp_path: Path, transport: str, tensor_parallel_size: int) -> None:
+    shape: Any = {"tensor_parallel_size": tensor_parallel_size, "cpu_weights": "plain"}
     facts = synced_facts("llama", tmp_path, trainers=1, engines=1, transport=transport, **shape)
     after = fresh_engine(tmp_path / "saved", tmp_path / "after.json", **shape)
     check_equal(facts, after, engines=1)
