@@ -63,9 +63,15 @@ def measure_pair(options: argparse.Namespace, folder: Path) -> Times:
     flags = [part for name, count in counts.items() for part in (f"--{name.replace('_', '-')}", count)]
     flags += ["--model", f"{folder}/model", "--out", f"{folder}/found.json", *["--eager"] * options.eager]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environ = {"OMP_NUM_THREADS": "1"} | os.environ
+    environ = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": worker_cores()} | os.environ
     subprocess.run([*torchrun, __file__, *flags], check=True, timeout=TIMEOUT_S, stdout=sys.stderr, env=environ)
     return {side: seconds[1:] for side, seconds in json.loads(Path(folder, "found.json").read_text()).items()}
+
+
+def worker_cores() -> str:
+    """Cores of both engines' workers: the same, for some are faster; the first is left to vLLM's scheduler."""
+    cores = sorted(os.sched_getaffinity(0))
+    return ",".join(map(str, cores[1:] or cores))
 
 
 def card() -> dict[str, Any]:
