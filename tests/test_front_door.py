@@ -8,25 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from chats import write_chat_model
 from torchrun import TorchrunJob, run_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rollcast.launch.task import CHARACTERS
-from rollcast.launch.tiny import write_tiny_model
-
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}>{% endfor %}"
 SYNCS = 4
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("front_door") / "model"
-    write_tiny_model(folder, characters=CHARACTERS, seed=5)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    write_chat_model(folder)
     return folder
 
 

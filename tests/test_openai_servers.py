@@ -7,27 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from chats import write_chat_model
 from torchrun import run_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rollcast.launch.task import CHARACTERS
-from rollcast.launch.tiny import write_tiny_model
 from rollcast.rollout import PreflightError, RolloutConfig
 from rollcast.rollout.openai_door import server_args
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}>{% endfor %}"
 SYNCS = 4
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("openai_servers") / "model"
-    write_tiny_model(folder, characters=CHARACTERS, seed=5)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    write_chat_model(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     return folder

@@ -1,0 +1,19 @@
+"""A tiny model that takes part in chats."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from rollcast.launch.task import CHARACTERS
+from rollcast.launch.tiny import write_tiny_model
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}>{% endfor %}"
+
+
+def write_chat_model(folder: Path) -> None:
+    """The tiny model with a template: every message, and ">" behind it."""
+    write_tiny_model(folder, characters=CHARACTERS, seed=5)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
