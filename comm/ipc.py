@@ -115,14 +115,15 @@ class IpcGroup:
         return self._peers[line + 1 if self.rank == 0 else 0].name
 
     def _offer(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> "OfferWork":
-        known: tuple[bytes, Offer] | None = tensors.known(self._here) if isinstance(tensors, Parcel) else None
+        parcel = tensors if isinstance(tensors, Parcel) else None
+        known: tuple[bytes, Offer] | None = None if parcel is None else parcel.known(self._here)
         message = known[0] if known else self._message(tensors, deadline)
         # Other processes know nothing of this one's streams: what is offered must be there.
         torch.cuda.current_stream(self.device).synchronize()
         for line in range(len(self._lines)):
             self.tell(line, message)
         self._offered += 1
-        return OfferWork(self, self._offered, again=tensors if known and isinstance(tensors, Parcel) else None)
+        return OfferWork(self, self._offered, again=parcel if known else None)
 
     def _message(self, tensors: Sequence[torch.Tensor], deadline: Deadline) -> bytes:
         """The offer of these tensors, or of copies of them. That of a parcel is noted, and used again."""

@@ -1,6 +1,5 @@
 """The receiving side of a plan (runs in every vLLM worker)."""
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -54,10 +53,10 @@ class WeightReceiver:
                 spare -= spare_bytes(bucket)
                 if spare < 0:
                     break
-                # What is spare may lie in pieces.
-                with contextlib.suppress(torch.OutOfMemoryError):
+                try:
                     self._ahead.append(Ahead(bucket, self._bind(turn)[0]))
-                if len(self._ahead) <= turn:
+                except torch.OutOfMemoryError:
+                    # What is spare may lie in pieces.
                     break
         return bool(self._ahead)
 

@@ -72,9 +72,12 @@ class WeightSource:
             self._places, self._owners = _places_of(self._weights, self._tensors)
         return self._manifest
 
-    def check(self) -> None:
-        """Raises `ValueError` naming what of the weights is not as the manifest says, if anything is."""
-        if difference := self.manifest.difference(self.current()):
+    def check(self, found: Manifest | None = None) -> None:
+        """Raises `ValueError` naming what of the weights is not as the manifest says, if anything is.
+
+        `found` is the answer of a `glance`, where there was one; else `current` is asked.
+        """
+        if difference := self.manifest.difference(found or self.current()):
             raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
 
     def glance(self) -> Manifest:

@@ -171,8 +171,7 @@ class PoolBroadcaster:
             raise SyncError(f"sync of version {version} did not start: {verdict} (trainer_timeout_s)")
         if verdict:
             raise ValueError(verdict)
-        if difference := self._source.manifest.difference(current):
-            raise ValueError(f"the trainer's weights changed since the broadcaster was made: {difference}")
+        self._source.check(current)
         if version <= self.version and not how.unchanged:
             raise ValueError(f"version must grow: {version} after {self.version}")
 

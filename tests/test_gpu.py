@@ -69,12 +69,7 @@ def test_bytes_cross_within_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("transport", "tensor_parallel_size"),
-    [
-        pytest.param("nccl", 1, marks=on_gpus(2)),
-        pytest.param("ipc", 1, marks=on_gpus(2)),
-        pytest.param("nccl", 2, marks=on_gpus(3)),
-        pytest.param("ipc", 2, marks=on_gpus(3)),
-    ],
+    [pytest.param(transport, size, marks=on_gpus(1 + size)) for size in (1, 2) for transport in ("nccl", "ipc")],
 )
 def test_a_synced_engine_equals_a_fresh_one_on_gpus(tmp_path: Path, transport: str, tensor_parallel_size: int) -> None:
     shape: Any = {"tensor_parallel_size": tensor_parallel_size, "cpu_weights": "plain"}
