@@ -4,6 +4,7 @@ Shapes: B sequences, L tokens (prompt and completion, padded on the right). Log-
 [B, L - 1]: position t speaks of token t + 1.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,10 +87,10 @@ def kl_penalty(logprobs: torch.Tensor, reference: torch.Tensor, batch: Batch) ->
     return torch.where(batch.completion_mask > 0, delta.exp() - delta - 1.0, 0.0)
 
 
-def max_logprob_diff(logprobs: torch.Tensor, batch: Batch, *, version: int) -> float:
-    """Largest difference between the trainer's and the engine's log-probability of a sampled token.
+def logprob_diffs(logprobs: torch.Tensor, batch: Batch, *, version: int) -> torch.Tensor:
+    """|trainer's - engine's log-probability| of each sampled token, float32 [tokens].
 
-    Of samples that are wholly of `version`, the trainer's own; 0 if there are none.
+    Of samples that are wholly of `version`, the trainer's own. Infinite where it is not a number.
     """
     compared = (batch.completion_mask > 0) & (batch.oldest_versions >= version)
-    return torch.where(compared, (logprobs - batch.rollout_logprobs).abs(), 0.0).max().item()
+    return (logprobs - batch.rollout_logprobs).abs()[compared].nan_to_num(nan=math.inf, posinf=math.inf)

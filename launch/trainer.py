@@ -18,8 +18,8 @@ from rollcast.launch.policy import (
     Sample,
     clipped_loss,
     kl_penalty,
+    logprob_diffs,
     make_batch,
-    max_logprob_diff,
     token_logprobs,
 )
 from rollcast.launch.report import RunReport, StepRecord
@@ -27,8 +27,8 @@ from rollcast.launch.sampler import Rollout, Sampler
 from rollcast.launch.task import Task
 from rollcast.rollout import Job, Mode, async_, on_policy, one_step_off
 
-# vLLM's attention multiplies in TF32 on GPUs.
-FLOAT32_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}
+# vLLM's attention multiplies in TF32 on GPUs: single tokens then differ by up to 0.03, on average by 2e-4 at most.
+FLOAT32_TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 
 
 class Grpo:
@@ -123,24 +123,26 @@ class Grpo:
         """Largest difference between the engines' log-probability of a sampled token and this policy's own.
 
         Over the samples that are wholly of this policy's version; None if no trainer has one. Raises
-        `AgreementError` on all trainers when it is more than the tolerance. Collective.
+        `AgreementError` on all trainers when the average is more than the tolerance. Collective.
         """
         version = self.broadcaster.version
         if not self.trainers.max(any(sample.oldest_version >= version for sample in samples)):
             return None
-        differences = [
-            max_logprob_diff(self._logprobs(self.model, batch)[0], batch, version=version)
-            for batch in self._minibatches(samples)
-        ]
-        # Not a number agrees with nothing, and Python's max would lose it.
-        difference = self.trainers.max(max(value if value == value else math.inf for value in differences))
+        differences = torch.cat(
+            [
+                logprob_diffs(self._logprobs(self.model, batch)[0], batch, version=version)
+                for batch in self._minibatches(samples)
+            ]
+        )
+        tokens = self.trainers.mean(len(differences))
+        average = self.trainers.mean(differences.sum().item()) / tokens
         assert self.tolerance is not None
-        if not difference <= self.tolerance or difference == math.inf:
+        if average > self.tolerance or average == math.inf:
             raise AgreementError(
-                f"engine and trainer log-probabilities differ by {difference:.2e}, more than {self.tolerance:.0e}: "
-                f"the engines' weights are not the trainer's version {version}"
+                f"engine and trainer log-probabilities differ by {average:.2e} on average, more than "
+                f"{self.tolerance:.0e}: the engines' weights are not the trainer's version {version}"
             )
-        return difference
+        return self.trainers.max(differences.max().item() if len(differences) else 0.0)
 
     def update(self, samples: list[Sample]) -> float:
         """Clipped policy gradient over the samples, `epochs` times. Returns the mean loss. Collective."""

@@ -47,7 +47,7 @@ class Draft:
         """
         first, (kept, spans) = len(self.token_ids), self._kept
         tokens = list(output.token_ids)
-        logprobs: list[float] = [output.logprobs[at][token].logprob for at, token in enumerate(tokens)]
+        logprobs = logprobs_of(output.logprobs)
         self.token_ids += tokens
         self.logprobs += logprobs
         found = spans_of(switches, number, len(self.token_ids) - kept)
@@ -88,6 +88,8 @@ class Draft:
             # What ends a sample is said above. vLLM would add its tokenizer's own token, where it has one.
             ignore_eos=True,
             logprobs=0,
+            # Not an object for each token, which Python's collector would look at again and again.
+            flat_logprobs=True,
             prompt_logprobs=0 if wants_prompt else None,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
@@ -99,8 +101,14 @@ class Draft:
             self._cached_tokens = found.num_cached_tokens
         logprobs = found.prompt_logprobs
         if self.prompt_logprobs is None and logprobs is not None and len(logprobs) >= len(self.prompt):
-            pairs = zip(logprobs, self.prompt, strict=False)
-            self.prompt_logprobs = [step[token].logprob if step else None for step, token in pairs]
+            # Of the first token vLLM says none.
+            self.prompt_logprobs = [None, *logprobs_of(logprobs)][: len(self.prompt)]
+
+
+def logprobs_of(flat: Any) -> list[float]:
+    """Of each token that was sampled, or is the prompt's: the first of its position in vLLM's `FlatLogprobs`."""
+    places = zip(flat.start_indices, flat.end_indices, strict=True)
+    return [flat.logprobs[start] for start, end in places if start < end]
 
 
 def spans_of(switches: Sequence[Switch], number: int, count: int) -> Spans:

@@ -15,8 +15,8 @@ from rollcast.launch.policy import (
     clipped_loss,
     group_advantages,
     kl_penalty,
+    logprob_diffs,
     make_batch,
-    max_logprob_diff,
     token_logprobs,
 )
 
@@ -172,27 +172,27 @@ def test_kl_penalty_of_equal_policies_is_nothing(model: nn.Module, samples: list
     assert kl_penalty(logprobs, logprobs, batch).abs().max() == 0.0
 
 
-def test_largest_difference_counts_sampled_tokens_only(model: nn.Module, samples: list[Sample]) -> None:
+def test_differences_count_sampled_tokens_only(model: nn.Module, samples: list[Sample]) -> None:
     batch = batch_of(samples)
     with torch.no_grad():
         logprobs = token_logprobs(model, batch, temperature=1.0)[0]
         tokens = list(oracle(model, samples))
     gaps = [abs(token.logprob.item() - samples[token.row].logprobs[token.position]) for token in tokens]
-    assert max_logprob_diff(logprobs, batch, version=0) == pytest.approx(max(gaps), abs=1e-5)
+    assert logprob_diffs(logprobs, batch, version=0).tolist() == pytest.approx(gaps, abs=1e-5)
     elsewhere = torch.where(batch.completion_mask == 0, logprobs - 50.0, logprobs)
-    assert max_logprob_diff(elsewhere, batch, version=0) == pytest.approx(max(gaps), abs=1e-5)
+    assert logprob_diffs(elsewhere, batch, version=0).tolist() == pytest.approx(gaps, abs=1e-5)
+    nowhere = torch.full_like(logprobs, math.nan)
+    assert logprob_diffs(nowhere, batch, version=0).tolist() == [math.inf] * len(gaps), "it agrees with nothing"
 
 
 @pytest.mark.parametrize("version", range(6))
-def test_largest_difference_leaves_out_samples_with_older_tokens(
-    model: nn.Module, samples: list[Sample], version: int
-) -> None:
+def test_differences_leave_out_samples_with_older_tokens(model: nn.Module, samples: list[Sample], version: int) -> None:
     batch = batch_of(samples)
     with torch.no_grad():
         logprobs = token_logprobs(model, batch, temperature=1.0)[0]
         tokens = [token for token in oracle(model, samples) if samples[token.row].oldest_version >= version]
     gaps = [abs(token.logprob.item() - samples[token.row].logprobs[token.position]) for token in tokens]
-    assert max_logprob_diff(logprobs, batch, version=version) == pytest.approx(max(gaps, default=0.0), abs=1e-5)
+    assert logprob_diffs(logprobs, batch, version=version).tolist() == pytest.approx(gaps, abs=1e-5)
 
 
 def test_padding_never_poisons_the_loss(samples: list[Sample]) -> None:
