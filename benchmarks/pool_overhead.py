@@ -61,6 +61,7 @@ def measure_pair(options: argparse.Namespace, folder: Path) -> Times:
     """Start an engine of each side; seconds of the timed rounds."""
     counts = {name: str(getattr(options, name)) for name in ("requests", "max_tokens", "rounds")}
     flags = [part for name, count in counts.items() for part in (f"--{name.replace('_', '-')}", count)]
+    flags += ["--dtype", str(SHAPES[options.shape].dtype).removeprefix("torch.")]
     flags += ["--model", f"{folder}/model", "--out", f"{folder}/found.json", *["--eager"] * options.eager]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environ = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": worker_cores()} | os.environ
@@ -185,6 +186,8 @@ def serve_llm(options: argparse.Namespace) -> None:
 
     llm = LLM(
         options.model,
+        # Of "auto", vLLM makes bfloat16 where the model's own is float32.
+        dtype=options.dtype,
         load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=options.eager,
@@ -210,6 +213,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--eager", action="store_true", help="engines without torch.compile and CUDA graphs")
     add("--json", type=Path, metavar="FILE", help="write the document to this file")
     add("--llm", action="store_true", help=argparse.SUPPRESS)
+    add("--dtype", help=argparse.SUPPRESS)
     add("--model", help=argparse.SUPPRESS)
     add("--out", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
