@@ -12,6 +12,17 @@ from rollcast.rollout.extension import RollcastWorker
 from rollcast.rollout.hashes import hashes
 
 
+def settings_of(config: Any) -> dict[str, Any]:
+    """What vLLM chooses by itself and speed hangs on, of a `VllmConfig`."""
+    return {
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        "cuda_graphs": str(config.compilation_config.cudagraph_mode),
+        "dtype": str(config.model_config.dtype),
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+    }
+
+
 class BenchWorker(RollcastWorker):
     """What the peers need in the worker, and what is measured there."""
 
@@ -22,15 +33,10 @@ class BenchWorker(RollcastWorker):
     bench_execute: Any
 
     def bench_facts(self) -> dict[str, Any]:
-        """Settings that vLLM chose by itself, and how many tokens its KV cache holds."""
+        """`settings_of` this engine, and how many tokens its KV cache holds."""
         worker: Any = self
-        config = worker.vllm_config
-        return {
-            "async_scheduling": bool(config.scheduler_config.async_scheduling),
-            "cuda_graphs": str(config.compilation_config.cudagraph_mode),
-            "kv_cache_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
-            "max_num_seqs": config.scheduler_config.max_num_seqs,
-        }
+        cache = worker.vllm_config.cache_config
+        return {"kv_cache_tokens": (cache.num_gpu_blocks or 0) * cache.block_size} | settings_of(worker.vllm_config)
 
     def bench_join(self, transport: str, address: str, timeout_s: float) -> None:
         """Join the peers' own group with the trainer, which is rank 0. Collective."""

@@ -2,10 +2,10 @@
 
     python benchmarks/pool_overhead.py [--requests 64] [--max-tokens 128] [--shape qwen3-0.6b] [--json FILE]
 
-Both have an engine of their own with the same settings and random weights, and the same requests, in turn. Two engines
-of the same side differ by 10 % on some machines, by where their memory and threads have come to lie: so there are
-several pairs. Without `--shape`, a tiny model: the worst case, for its steps are short. The last line is one JSON
-document.
+Both have an engine of their own with the same settings (the benchmark refuses others) and random weights, and the same
+requests, in turn. Two engines of the same side differ by 10 % on some machines, by where their memory and threads have
+come to lie: so there are several pairs. Without `--shape`, a tiny model: the worst case, for its steps are short. The
+last line is one JSON document.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def measure_pair(options: argparse.Namespace, folder: Path) -> Times:
     flags += ["--model", f"{folder}/model", "--out", f"{folder}/found.json", *["--eager"] * options.eager]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environ = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": worker_cores()} | os.environ
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     subprocess.run([*torchrun, __file__, *flags], check=True, timeout=TIMEOUT_S, stdout=sys.stderr, env=environ)
     return {side: seconds[1:] for side, seconds in json.loads(Path(folder, "found.json").read_text()).items()}
 
@@ -99,6 +100,7 @@ def run_rank(options: argparse.Namespace) -> None:
         load_format="dummy",
         enforce_eager=options.eager,
         gpu_memory_utilization=0.4,
+        worker_extension_cls="latency_worker.BenchWorker",
         # The trainer needs no GPU here.
         colocate=shared,
     )
@@ -115,6 +117,7 @@ def time_both(job: Any, llm: "subprocess.Popen[str]", options: argparse.Namespac
     """Rounds of both sides, in turn."""
     from rollcast.rollout import Sampling
 
+    check_settings(job.pool.call_workers("bench_facts")[0][0], json.loads(heard(llm, "settings")))
     sampling = Sampling(max_tokens=options.max_tokens, ignore_eos=True)
     prompts = prompts_of(options)
     times: Times = {"pool": [], "llm": []}
@@ -149,19 +152,36 @@ def other_side() -> "Iterator[subprocess.Popen[str]]":
             os.killpg(llm.pid, signal.SIGKILL)
 
 
+def check_settings(pool: dict[str, Any], llm: dict[str, Any]) -> None:
+    """Raise `ValueError` unless both engines are alike: else the times would say nothing of the pool."""
+    if other := [f"{name} is {pool[name]} and {its}" for name, its in llm.items() if pool[name] != its]:
+        raise ValueError(f"the pool's engine and vLLM's own side differ: {'; '.join(other)}")
+
+
 def ask(llm: "subprocess.Popen[str]") -> float:
     """Let the other side generate once: its seconds."""
     time.sleep(REST_S)
-    assert llm.stdin is not None and llm.stdout is not None
+    assert llm.stdin is not None
     print("go", file=llm.stdin, flush=True)
+    return float(heard(llm, "took"))
+
+
+def heard(llm: "subprocess.Popen[str]", word: str) -> str:
+    """The rest of the next line of the other side's that begins so."""
+    assert llm.stdout is not None
     for line in llm.stdout:
-        if line.startswith("took "):
-            return float(line.split()[1])
+        if line.startswith(f"{word} "):
+            return line.removeprefix(word)
     raise RuntimeError("vLLM's own side has ended")
 
 
 def summary(pairs: list[Times], options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second, and the median of the ratios: neighbours in time share the weather."""
+    """Tokens a second, and the median of the ratios: neighbours in time share the weather.
+
+    `ratio_interval` says how much of it is the machine's own unrest.
+    """
+    from latency_stats import interval_of_median
+
     tokens = options.requests * options.max_tokens
     rounds = [(ours, theirs) for times in pairs for ours, theirs in zip(times["pool"], times["llm"], strict=True)]
     ratios = [theirs / ours for ours, theirs in rounds]
@@ -173,15 +193,18 @@ def summary(pairs: list[Times], options: argparse.Namespace) -> dict[str, Any]:
         "pool_tokens_per_s": tokens / statistics.median(ours for ours, _ in rounds),
         "llm_tokens_per_s": tokens / statistics.median(theirs for _, theirs in rounds),
         "ratio": statistics.median(ratios),
+        "ratio_interval": interval_of_median(ratios),
         "ratio_by_pair": [
             statistics.median(ratios[at : at + options.rounds]) for at in range(0, len(ratios), options.rounds)
         ],
-        "ratios": ratios,
+        "pool_s": [ours for ours, _ in rounds],
+        "llm_s": [theirs for _, theirs in rounds],
     }
 
 
 def serve_llm(options: argparse.Namespace) -> None:
     """vLLM's own `LLM`, which generates each time that it is told to."""
+    from latency_worker import settings_of
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -196,6 +219,7 @@ def serve_llm(options: argparse.Namespace) -> None:
     )
     sampling = SamplingParams(max_tokens=options.max_tokens, ignore_eos=True, detokenize=False, logprobs=0)
     prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(options)]
+    print(f"settings {json.dumps(settings_of(llm.llm_engine.vllm_config))}", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         llm.generate(prompts, sampling, use_tqdm=False)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Makes the helpers of test jobs importable (`tests/jobs` is where the jobs themselves run); shares out the GPUs."""
+"""Makes the helpers of test jobs and the benchmarks importable; shares out the GPUs."""
 
 import os
 import sys
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "jobs"))
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS / "jobs"), str(TESTS.parent / "benchmarks")]
 
 
 def share_gpus(worker: int, workers: int) -> None:
