@@ -9,6 +9,8 @@ from torchrun import JOBS, TorchrunJob, run_job
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
+GRPO = ("-m", "rollcast.launch.grpo", "--steps", "10000")
+
 
 def run_faults(tmp_path: Path, ending: str, *, timeout_s: float) -> str:
     folder = tmp_path / "model"
@@ -62,10 +64,19 @@ def test_an_engine_that_does_not_start_shows_its_last_words(tmp_path: Path) -> N
     assert "no-such-quantization" in job.output
 
 
+def test_an_engine_that_dies_while_training_goes_on_ends_the_job(tmp_path: Path) -> None:
+    job = TorchrunJob(*GRPO, "--mode", "async", ranks=2, cwd=tmp_path)
+    job.wait_for("step   1", timeout_s=200)
+    (worker,) = [process for process in job.processes() if process.name().startswith("VLLM::Worker")]
+    worker.kill()
+    done = job.finish(timeout_s=20)
+    assert done.code != 0
+    assert re.search(r"engine 0 is lost.*(Worker|died|EngineDead)", done.output, re.DOTALL), done.output
+
+
 @pytest.mark.parametrize(("whole_group", "mode"), [(False, "on_policy"), (True, "on_policy"), (True, "async")])
 def test_ctrl_c_ends_every_process_within_ten_seconds(tmp_path: Path, whole_group: bool, mode: str) -> None:
-    flags = ["--steps", "10000", "--mode", mode]
-    job = TorchrunJob("-m", "rollcast.launch.grpo", *flags, ranks=2, cwd=tmp_path)
+    job = TorchrunJob(*GRPO, "--mode", mode, ranks=2, cwd=tmp_path)
     if whole_group:
         job.wait_for("step   1", timeout_s=200)
     else:  # while the engine starts
