@@ -137,7 +137,7 @@ class Grpo:
         tokens = self.trainers.mean(len(differences))
         average = self.trainers.mean(differences.sum().item()) / tokens
         assert self.tolerance is not None
-        if average > self.tolerance or average == math.inf:
+        if not average <= self.tolerance or average == math.inf:
             raise AgreementError(
                 f"engine and trainer log-probabilities differ by {average:.2e} on average, more than "
                 f"{self.tolerance:.0e}: the engines' weights are not the trainer's version {version}"

@@ -47,7 +47,9 @@ class Draft:
         """
         first, (kept, spans) = len(self.token_ids), self._kept
         tokens = list(output.token_ids)
-        logprobs = logprobs_of(output.logprobs)
+        # vLLM before 0.29 gives a stream that ends without a token all it has had, once more.
+        logprobs = logprobs_of(output.logprobs)[: len(tokens)]
+        assert len(logprobs) == len(tokens)
         self.token_ids += tokens
         self.logprobs += logprobs
         found = spans_of(switches, number, len(self.token_ids) - kept)
