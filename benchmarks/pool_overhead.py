@@ -217,9 +217,8 @@ def serve_llm(options: argparse.Namespace) -> None:
         gpu_memory_utilization=0.4,
         logprobs_mode="processed_logprobs",
     )
-    sampling = SamplingParams(
-        max_tokens=options.max_tokens, ignore_eos=True, detokenize=False, logprobs=0, flat_logprobs=True
-    )
+    how: dict[str, Any] = {"ignore_eos": True, "detokenize": False, "logprobs": 0, "flat_logprobs": True}
+    sampling = SamplingParams(max_tokens=options.max_tokens, **how)
     prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(options)]
     print(f"settings {json.dumps(settings_of(llm.llm_engine.vllm_config))}", flush=True)
     for _ in sys.stdin:
