@@ -176,10 +176,7 @@ def heard(llm: "subprocess.Popen[str]", word: str) -> str:
 
 
 def summary(pairs: list[Times], options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second, and the median of the ratios: neighbours in time share the weather.
-
-    `ratio_interval` says how much of it is the machine's own unrest.
-    """
+    """Tokens a second, and the median of the ratios: neighbours in time share the weather."""
     from latency_stats import interval_of_median
 
     tokens = options.requests * options.max_tokens
