@@ -10,7 +10,6 @@ Everything is measured in turn, many times, and medians are compared. The last l
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "ROL
 import torch
 import transformers
 from latency_models import with_single_experts
-from machine_card import commit, cpu_card
+from machine_card import commit, cpu_card, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -144,12 +143,6 @@ def timed(act: Callable[[], Any]) -> float:
 
 def machine() -> dict[str, Any]:
     return cpu_card() | {"threads": torch.get_num_threads()}
-
-
-def versions() -> dict[str, str]:
-    import vllm
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "vllm": vllm.__version__}
 
 
 def provenance() -> dict[str, str]:

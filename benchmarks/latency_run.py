@@ -1,9 +1,6 @@
 """Starts the latency benchmark's jobs and gathers what they found (the command's process)."""
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import signal
 import subprocess
 import sys
@@ -17,12 +14,10 @@ import torch
 from latency_models import manifest_of, write_config
 from latency_spec import JobSpec, Line, read
 from latency_stats import Row
-from machine_card import cpu_card, gpu_card
-from torch.cuda.nccl import version as nccl_version
+from machine_card import HERE, cpu_card, gpu_card, job_environ
 
-from rollcast.rollout.preflight import installed_vllm, usable_gpus
+from rollcast.rollout.preflight import usable_gpus
 
-HERE = Path(__file__).parent
 RANKS = 2
 START_S = 240.0
 # Of a method, in units of `--max-seconds`: repeats, and what is not timed.
@@ -86,18 +81,6 @@ class Runner:
         found.rows += [{"model": model, "method": method, "error": why} for method in missing]
         return found
 
-    def versions(self) -> dict[str, Any]:
-        """Of what the numbers depend on."""
-        nccl = ".".join(map(str, nccl_version())) if self._device == "cuda" else None
-        return {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "vllm": installed_vllm(),
-            "transformers": importlib.metadata.version("transformers"),
-            "cuda": torch.version.cuda,
-            "nccl": nccl,
-        }
-
     def _spec(self, model: str, folder: Path, *, results: Path, ceilings: bool) -> JobSpec:
         options = self._options
         return JobSpec(
@@ -125,13 +108,11 @@ class Runner:
     def _start(self, folder: Path, *, timeout_s: float) -> str:
         """Run the job to its end; how it ended."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-        paths = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-        environ = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": paths}
         # Standard output is for the document.
         process = subprocess.Popen(
             [*command, str(HERE / "latency_job.py"), str(folder / "spec.json")],
             stdout=sys.stderr,
-            env=environ,
+            env=job_environ(),
             cwd=folder,
         )
         try:

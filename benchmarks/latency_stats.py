@@ -20,10 +20,17 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def interval_of_median(values: Sequence[float]) -> list[float]:
-    """Bounds of the median in 95 % of as many values drawn from these, with replacement (Efron's bootstrap, 1979)."""
+def interval_of_median(groups: Sequence[Sequence[float]]) -> list[float]:
+    """Bounds of the median of all values in 95 % of as many groups and values drawn from these, with replacement.
+
+    Efron's bootstrap (1979), in two stages, as the values of a group have things in common: first groups, then values
+    of each. From one group it says nothing of what others would be like.
+    """
     draw = random.Random(0).choices
-    found = [statistics.median(draw(values, k=len(values))) for _ in range(2000)]
+    found = [
+        statistics.median(value for its in draw(groups, k=len(groups)) for value in draw(its, k=len(its)))
+        for _ in range(2000)
+    ]
     return [percentile(found, share) for share in (0.025, 0.975)]
 
 

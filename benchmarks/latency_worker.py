@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import torch
+from latency_facts import FactsWorker
 from latency_memory import peak_bytes, settle
 
 from rollcast.comm import Deadline, Group, join_group
@@ -12,18 +13,7 @@ from rollcast.rollout.extension import RollcastWorker
 from rollcast.rollout.hashes import hashes
 
 
-def settings_of(config: Any) -> dict[str, Any]:
-    """What vLLM chooses by itself and speed hangs on, of a `VllmConfig`."""
-    return {
-        "async_scheduling": bool(config.scheduler_config.async_scheduling),
-        "cuda_graphs": str(config.compilation_config.cudagraph_mode),
-        "dtype": str(config.model_config.dtype),
-        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
-        "max_num_seqs": config.scheduler_config.max_num_seqs,
-    }
-
-
-class BenchWorker(RollcastWorker):
+class BenchWorker(FactsWorker, RollcastWorker):
     """What the peers need in the worker, and what is measured there."""
 
     bench_group: Group | None = None
@@ -31,12 +21,6 @@ class BenchWorker(RollcastWorker):
     bench_steps: list[tuple[Any, int]]
     bench_zero: tuple[float, Any]
     bench_execute: Any
-
-    def bench_facts(self) -> dict[str, Any]:
-        """`settings_of` this engine, and how many tokens its KV cache holds."""
-        worker: Any = self
-        cache = worker.vllm_config.cache_config
-        return {"kv_cache_tokens": (cache.num_gpu_blocks or 0) * cache.block_size} | settings_of(worker.vllm_config)
 
     def bench_join(self, transport: str, address: str, timeout_s: float) -> None:
         """Join the peers' own group with the trainer, which is rank 0. Collective."""

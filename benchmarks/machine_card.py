@@ -1,10 +1,13 @@
-"""What a benchmark ran on: processor, GPUs, commit (the process that writes the result)."""
+"""What a benchmark runs on and with: processor, GPUs, versions, commit (the process that writes the result)."""
 
+import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
+
+HERE = Path(__file__).parent
 
 
 def cpu_card() -> dict[str, Any]:
@@ -31,11 +34,33 @@ def gpu_card(uuids: list[str]) -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str | None]:
+    """Of what numbers depend on. None: not there, or not used."""
+    import torch
+    from torch.cuda.nccl import version as nccl_version
+
+    from rollcast.rollout.preflight import installed_vllm
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vllm": installed_vllm(),
+        "transformers": importlib.metadata.version("transformers"),
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, nccl_version())) if torch.cuda.device_count() else None,
+    }
+
+
+def job_environ() -> dict[str, str]:
+    """Environment of processes that import the benchmarks' modules; quiet about OpenMP's threads."""
+    paths = filter(None, (str(HERE), os.environ.get("PYTHONPATH")))
+    return {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def commit() -> str:
     """Of the sources that ran; says so if they were changed since."""
-    here = Path(__file__).parent
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=here, capture_output=True).returncode == 1
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=HERE, capture_output=True).returncode == 1
     return f"{head or 'unknown'}{', changed' if changed else ''}"
 
 

@@ -12,18 +12,17 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from latency_models import SHAPES, write_config
-from machine_card import commit, cpu_card, gpu_card
+from machine_card import commit, cpu_card, gpu_card, job_environ, versions
+from pool_llm import Load, OtherSide, other_side
 
 TIMEOUT_S = 1800.0
 # vLLM's processes keep their cores busy for a second after a step: the other side must not have to share them.
@@ -33,11 +32,9 @@ Times = dict[str, list[float]]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; inside torchrun, the job's ranks; with `--llm`, vLLM's own side."""
+    """The command; inside torchrun, the job's ranks."""
     options = parse(sys.argv[1:] if argv is None else argv)
-    if options.llm:
-        serve_llm(options)
-    elif "RANK" in os.environ:
+    if "RANK" in os.environ:
         run_rank(options)
     else:
         print(json.dumps(measure(options)), flush=True)
@@ -50,22 +47,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         write_config(options.shape, Path(name, "model"))
         times = [measure_pair(options, Path(name)) for _ in range(options.pairs)]
     command = f"python benchmarks/pool_overhead.py {' '.join(sys.argv[1:])}".strip()
-    document = {"machine": card(), "commit": commit(), "command": command, "date": time.strftime("%Y-%m-%d")}
-    document |= summary(times, options)
+    document = {"machine": card(), "versions": versions(), "commit": commit(), "command": command}
+    document |= {"date": time.strftime("%Y-%m-%d")} | summary(times, options)
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     return document
 
 
 def measure_pair(options: argparse.Namespace, folder: Path) -> Times:
-    """Start an engine of each side; seconds of the timed rounds."""
+    """Start an engine of each side; seconds of the timed rounds. The job's processes end with it."""
     counts = {name: str(getattr(options, name)) for name in ("requests", "max_tokens", "rounds")}
     flags = [part for name, count in counts.items() for part in (f"--{name.replace('_', '-')}", count)]
     flags += ["--dtype", str(SHAPES[options.shape].dtype).removeprefix("torch.")]
     flags += ["--model", f"{folder}/model", "--out", f"{folder}/found.json", *["--eager"] * options.eager]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environ = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": worker_cores()} | os.environ
-    environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    environ = {"VLLM_CPU_OMP_THREADS_BIND": worker_cores()} | job_environ()
     subprocess.run([*torchrun, __file__, *flags], check=True, timeout=TIMEOUT_S, stdout=sys.stderr, env=environ)
     return {side: seconds[1:] for side, seconds in json.loads(Path(folder, "found.json").read_text()).items()}
 
@@ -84,8 +80,14 @@ def card() -> dict[str, Any]:
     return cpu_card() | (gpu_card(usable_gpus()[:2]) if torch.cuda.device_count() else {})
 
 
-def prompts_of(options: argparse.Namespace) -> list[list[int]]:
-    return [[3 + (index + place) % 20 for place in range(8)] for index in range(options.requests)]
+def load_of(options: argparse.Namespace) -> Load:
+    return Load(
+        model=options.model,
+        dtype=options.dtype,
+        eager=options.eager,
+        requests=options.requests,
+        max_tokens=options.max_tokens,
+    )
 
 
 def run_rank(options: argparse.Namespace) -> None:
@@ -100,79 +102,48 @@ def run_rank(options: argparse.Namespace) -> None:
         load_format="dummy",
         enforce_eager=options.eager,
         gpu_memory_utilization=0.4,
-        worker_extension_cls="latency_worker.BenchWorker",
+        worker_extension_cls="pool_worker.PoolWorker",
         # The trainer needs no GPU here.
         colocate=shared,
     )
+    load = load_of(options)
     with contextlib.ExitStack() as stack:
         # Beside the pool's engine, unless both would count what is free on one GPU.
-        early = stack.enter_context(other_side()) if os.environ["RANK"] == "0" and not shared else None
+        early = stack.enter_context(other_side(load)) if os.environ["RANK"] == "0" and not shared else None
         job = stack.enter_context(rollcast.join(config))
         if job.is_trainer:
-            times = time_both(job, early or stack.enter_context(other_side()), options)
+            times = time_both(job, early or stack.enter_context(other_side(load)), load, rounds=options.rounds)
             Path(options.out).write_text(json.dumps(times))
 
 
-def time_both(job: Any, llm: "subprocess.Popen[str]", options: argparse.Namespace) -> Times:
+def time_both(job: Any, llm: OtherSide, load: Load, *, rounds: int) -> Times:
     """Rounds of both sides, in turn."""
     from rollcast.rollout import Sampling
 
-    check_settings(job.pool.call_workers("bench_facts")[0][0], json.loads(heard(llm, "settings")))
-    sampling = Sampling(max_tokens=options.max_tokens, ignore_eos=True)
-    prompts = prompts_of(options)
+    check_settings(job.pool.call_workers("bench_facts")[0][0], llm.facts())
+    sampling, prompts = Sampling(max_tokens=load.max_tokens, ignore_eos=True), load.prompts()
     times: Times = {"pool": [], "llm": []}
-    for _ in range(1 + options.rounds):
+    for _ in range(1 + rounds):
         time.sleep(REST_S)
         start = time.perf_counter()
         groups = job.pool.generate(prompts, sampling)
         times["pool"].append(time.perf_counter() - start)
-        assert all(len(its.token_ids) == options.max_tokens for group in groups for its in group)
-        times["llm"].append(ask(llm))
+        assert all(len(its.token_ids) == load.max_tokens for group in groups for its in group)
+        time.sleep(REST_S)
+        times["llm"].append(llm.generate())
     return times
 
 
-@contextlib.contextmanager
-def other_side() -> "Iterator[subprocess.Popen[str]]":
-    """vLLM's own `LLM`, in processes of its own, as many keys and values in memory as the pool's engine has."""
-    from rollcast.rollout.world import without_torchrun
-
-    environ = {"VLLM_CPU_KVCACHE_SPACE": "1"} | without_torchrun(os.environ)
-    with subprocess.Popen(
-        [sys.executable, __file__, "--llm", *sys.argv[1:]],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environ,
-        text=True,
-        start_new_session=True,
-    ) as llm:
-        try:
-            yield llm
-        finally:
-            os.killpg(llm.pid, signal.SIGKILL)
-
-
 def check_settings(pool: dict[str, Any], llm: dict[str, Any]) -> None:
-    """Raise `ValueError` unless both engines are alike: else the times would say nothing of the pool."""
-    if other := [f"{name} is {pool[name]} and {its}" for name, its in llm.items() if pool[name] != its]:
+    """Raise `ValueError` unless both engines are alike: else the times would say nothing of the pool.
+
+    Their caches may hold more or less, by what was free when they started.
+    """
+    names = sorted((pool.keys() | llm.keys()) - {"kv_cache_tokens"})
+    if other := [
+        f"{name} is {pool.get(name)} and {llm.get(name)}" for name in names if pool.get(name) != llm.get(name)
+    ]:
         raise ValueError(f"the pool's engine and vLLM's own side differ: {'; '.join(other)}")
-
-
-def ask(llm: "subprocess.Popen[str]") -> float:
-    """Let the other side generate once: its seconds."""
-    time.sleep(REST_S)
-    assert llm.stdin is not None
-    print("go", file=llm.stdin, flush=True)
-    return float(heard(llm, "took"))
-
-
-def heard(llm: "subprocess.Popen[str]", word: str) -> str:
-    """The rest of the next line of the other side's that begins so."""
-    assert llm.stdout is not None
-    for line in llm.stdout:
-        if line.startswith(f"{word} "):
-            return line.removeprefix(word)
-    raise RuntimeError("vLLM's own side has ended")
 
 
 def summary(pairs: list[Times], options: argparse.Namespace) -> dict[str, Any]:
@@ -180,48 +151,21 @@ def summary(pairs: list[Times], options: argparse.Namespace) -> dict[str, Any]:
     from latency_stats import interval_of_median
 
     tokens = options.requests * options.max_tokens
-    rounds = [(ours, theirs) for times in pairs for ours, theirs in zip(times["pool"], times["llm"], strict=True)]
-    ratios = [theirs / ours for ours, theirs in rounds]
+    ours, theirs = ([seconds for times in pairs for seconds in times[side]] for side in ("pool", "llm"))
+    ratios = [[b / a for a, b in zip(times["pool"], times["llm"], strict=True)] for times in pairs]
     return {
         "requests": options.requests,
         "max_tokens": options.max_tokens,
         "rounds": options.rounds,
         "pairs": options.pairs,
-        "pool_tokens_per_s": tokens / statistics.median(ours for ours, _ in rounds),
-        "llm_tokens_per_s": tokens / statistics.median(theirs for _, theirs in rounds),
-        "ratio": statistics.median(ratios),
+        "pool_tokens_per_s": tokens / statistics.median(ours),
+        "llm_tokens_per_s": tokens / statistics.median(theirs),
+        "ratio": statistics.median(ratio for its in ratios for ratio in its),
         "ratio_interval": interval_of_median(ratios),
-        "ratio_by_pair": [
-            statistics.median(ratios[at : at + options.rounds]) for at in range(0, len(ratios), options.rounds)
-        ],
-        "pool_s": [ours for ours, _ in rounds],
-        "llm_s": [theirs for _, theirs in rounds],
+        "ratio_by_pair": [statistics.median(its) for its in ratios],
+        "pool_s": ours,
+        "llm_s": theirs,
     }
-
-
-def serve_llm(options: argparse.Namespace) -> None:
-    """vLLM's own `LLM`, which generates each time that it is told to."""
-    from latency_worker import settings_of
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(
-        options.model,
-        # Of "auto", vLLM makes bfloat16 where the model's own is float32.
-        dtype=options.dtype,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        enforce_eager=options.eager,
-        gpu_memory_utilization=0.4,
-        logprobs_mode="processed_logprobs",
-    )
-    how: dict[str, Any] = {"ignore_eos": True, "detokenize": False, "logprobs": 0, "flat_logprobs": True}
-    sampling = SamplingParams(max_tokens=options.max_tokens, **how)
-    prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(options)]
-    print(f"settings {json.dumps(settings_of(llm.llm_engine.vllm_config))}", flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        llm.generate(prompts, sampling, use_tqdm=False)  # pyright: ignore[reportArgumentType]
-        print(f"took {time.perf_counter() - start}", flush=True)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -234,7 +178,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--pairs", type=int, default=3, metavar="N", help="engines of both sides, started one pair after the other (3)")
     add("--eager", action="store_true", help="engines without torch.compile and CUDA graphs")
     add("--json", type=Path, metavar="FILE", help="write the document to this file")
-    add("--llm", action="store_true", help=argparse.SUPPRESS)
     add("--dtype", help=argparse.SUPPRESS)
     add("--model", help=argparse.SUPPRESS)
     add("--out", help=argparse.SUPPRESS)

@@ -20,7 +20,7 @@ from latency_report import markdown, show
 from latency_run import Runner
 from latency_spec import METHODS
 from latency_stats import with_ratios
-from machine_card import commit
+from machine_card import commit, versions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace, *, command: str) -> dict[str, Any]:
     runner = Runner(options)
     document: dict[str, Any] = {
         "machine": runner.machine,
-        "versions": runner.versions(),
+        "versions": versions(),
         "commit": commit(),
         "command": command,
         "date": time.strftime("%Y-%m-%d"),

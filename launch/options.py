@@ -129,7 +129,7 @@ HELP = {
     "verify": "how a sync makes sure that what arrived is what was sent; checksum: hashes made on both sides, "
     "full: everything is sent again and compared with what is in the engines' memory",
     "self_test": "first send the engines the weights that they have loaded: not a byte may change",
-    "logprob_tolerance": "stop if engine and trainer log-probabilities differ by more, on average; "
+    "logprob_tolerance": "stop if an engine's log-probabilities differ from the trainer's by more, on average; "
     "default: 1e-4 in float32 (1e-3 on GPUs), no bound otherwise",
     "enforce_eager": "no torch.compile and CUDA graphs in the engines; default: only on CPU",
     "runs": "folder for the run's folder",

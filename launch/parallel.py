@@ -1,6 +1,7 @@
 """Several trainer ranks as one: wrapping the model and averaging numbers (trainer ranks)."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import distributed as dist
@@ -40,20 +41,24 @@ class Trainers:
 
     def mean(self, value: float) -> float:
         """Mean over the trainers. Collective."""
-        return self._reduce(value, dist.ReduceOp.SUM) / self.size
+        return self.sum([value])[0] / self.size
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over the trainers, of each value. Collective."""
+        return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, value: float) -> float:
         """Largest over the trainers. Collective."""
-        return self._reduce(value, dist.ReduceOp.MAX)
+        return self._reduce([value], dist.ReduceOp.MAX)[0]
 
     def close(self) -> None:
         """Leave the process group. Collective."""
         if self.size > 1:
             dist.destroy_process_group()
 
-    def _reduce(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
+    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+            return [*values]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, operation)
-        return tensor.item()
+        return tensor.tolist()

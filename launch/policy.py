@@ -22,6 +22,8 @@ class Sample:
     advantage: float
     oldest_version: int
     """Of the policy, for its first token."""
+    engine: int = 0
+    """That made it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Batch:
     advantages: torch.Tensor
     """float32 [B, 1]."""
     oldest_versions: torch.Tensor
+    """int64 [B, 1]."""
+    engines: torch.Tensor
     """int64 [B, 1]."""
 
 
@@ -63,7 +67,8 @@ def make_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.device) 
         logprobs[row, completion] = torch.tensor(sample.logprobs)
     advantages = torch.tensor([[sample.advantage] for sample in samples])
     oldest = torch.tensor([[sample.oldest_version] for sample in samples])
-    return Batch(*(tensor.to(device) for tensor in (input_ids, attention, mask, logprobs, advantages, oldest)))
+    engines = torch.tensor([[sample.engine] for sample in samples])
+    return Batch(*(tensor.to(device) for tensor in (input_ids, attention, mask, logprobs, advantages, oldest, engines)))
 
 
 def token_logprobs(model: nn.Module, batch: Batch, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,10 +92,11 @@ def kl_penalty(logprobs: torch.Tensor, reference: torch.Tensor, batch: Batch) ->
     return torch.where(batch.completion_mask > 0, delta.exp() - delta - 1.0, 0.0)
 
 
-def logprob_diffs(logprobs: torch.Tensor, batch: Batch, *, version: int) -> torch.Tensor:
-    """|trainer's - engine's log-probability| of each sampled token, float32 [tokens].
+def logprob_diffs(logprobs: torch.Tensor, batch: Batch, *, version: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """|trainer's - engine's log-probability| of each sampled token, float32 [tokens], and its engine, int64 [tokens].
 
     Of samples that are wholly of `version`, the trainer's own. Infinite where it is not a number.
     """
     compared = (batch.completion_mask > 0) & (batch.oldest_versions >= version)
-    return (logprobs - batch.rollout_logprobs).abs()[compared].nan_to_num(nan=math.inf, posinf=math.inf)
+    differences = (logprobs - batch.rollout_logprobs).abs()[compared].nan_to_num(nan=math.inf, posinf=math.inf)
+    return differences, batch.engines.expand_as(compared)[compared]

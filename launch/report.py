@@ -25,9 +25,11 @@ class StepRecord:
     step: int
     reward: float
     """Mean reward of the step's samples."""
+    logprob_mean_diff: float | None
+    """Difference between engine and trainer log-probability of a sampled token, before the update, over the samples
+    that are wholly of the trainer's version: the average, of the engine where it is largest. None: no such sample."""
     logprob_max_diff: float | None
-    """Largest difference between engine and trainer log-probability of a sampled token, before the update, over the
-    samples that are wholly of the trainer's version. None: there was no such sample."""
+    """The largest."""
     staleness_max: int
     """Most versions that a sample was behind the policy it was used to update."""
     samples_dropped: int

@@ -75,7 +75,14 @@ class Sampler:
             earned = self._rewards(text, group)
             rewards += earned
             samples += [
-                Sample(prompt, completion.token_ids, completion.logprobs, advantage, completion.versions[0])
+                Sample(
+                    prompt,
+                    completion.token_ids,
+                    completion.logprobs,
+                    advantage,
+                    completion.versions[0],
+                    completion.engine,
+                )
                 for completion, advantage in zip(group, group_advantages(earned), strict=True)
             ]
         return Rollout(samples, sum(rewards) / len(rewards), seconds)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollcast.comm import SyncReport
-from rollcast.launch.errors import AgreementError
+from rollcast.launch.agreement import Agreement, judge
 from rollcast.launch.options import GrpoConfig
 from rollcast.launch.parallel import Trainers
 from rollcast.launch.policy import (
@@ -43,10 +43,6 @@ class Grpo:
         self.job = job
         self.report = report
         self.dtype = job.config.torch_dtype()
-        self.tolerance = config.logprob_tolerance
-        if self.tolerance is None:
-            bound = FLOAT32_TOLERANCE[job.config.resolved_device()]
-            self.tolerance = bound if self.dtype == torch.float32 else math.inf
         self.trainers = Trainers(rank=job.trainer_rank, size=config.trainers, device=job.config.resolved_device())
         tokenizer = AutoTokenizer.from_pretrained(job.config.model)
         self.pad_id = tokenizer.pad_token_id or 0
@@ -75,9 +71,11 @@ class Grpo:
             waiting=partial(self.report.phase, "generate"),
         ).run(steps=self.config.steps)
         rollout = self.sampler.generate(outcome.trained + outcome.dropped)
+        agreement = self.agreement(rollout.samples)
         self.report.final = {
             "reward": self.trainers.mean(rollout.reward),
-            "logprob_max_diff": self.agreement(rollout.samples),
+            "logprob_mean_diff": agreement.mean_diff,
+            "logprob_max_diff": agreement.max_diff,
             "policy_version": self.broadcaster.version,
         }
         self.trainers.close()
@@ -85,10 +83,10 @@ class Grpo:
     def train(self, rollout: Rollout) -> None:
         """The step's update, after a look at the engines. Collective."""
         with self.report.phase("agree"):
-            difference = self.agreement(rollout.samples)
+            agreement = self.agreement(rollout.samples)
         with self.report.phase("train"):
             loss = self.update(rollout.samples)
-        self.trained = rollout, difference, loss
+        self.trained = rollout, agreement, loss
 
     def drop(self, rollout: Rollout) -> None:
         """Count samples that nobody will train on."""
@@ -97,7 +95,7 @@ class Grpo:
 
     def finish(self, version: int) -> None:
         """Sync, and note what the step was like. Collective."""
-        rollout, difference, loss = self.trained
+        rollout, agreement, loss = self.trained
         behind = self.broadcaster.version - rollout.oldest_version
         with self.report.phase("sync"):
             sync = self.sync(version=version)
@@ -105,7 +103,8 @@ class Grpo:
         record = StepRecord(
             step=len(self.report.records),
             reward=self.trainers.mean(rollout.reward),
-            logprob_max_diff=difference,
+            logprob_mean_diff=agreement.mean_diff,
+            logprob_max_diff=agreement.max_diff,
             staleness_max=round(self.trainers.max(behind)),
             samples_dropped=self.dropped * self.trainers.size,
             policy_version=version,
@@ -119,30 +118,34 @@ class Grpo:
         self.report.add(record)
 
     @torch.no_grad()
-    def agreement(self, samples: list[Sample]) -> float | None:
-        """Largest difference between the engines' log-probability of a sampled token and this policy's own.
+    def agreement(self, samples: list[Sample]) -> Agreement:
+        """The engines' log-probabilities of sampled tokens against this policy's own.
 
-        Over the samples that are wholly of this policy's version; None if no trainer has one. Raises
-        `AgreementError` on all trainers when the average is more than the tolerance. Collective.
+        Over the samples that are wholly of this policy's version. Raises `AgreementError` on all trainers when an
+        engine differs by more than the tolerance on average. Collective.
         """
         version = self.broadcaster.version
         if not self.trainers.max(any(sample.oldest_version >= version for sample in samples)):
-            return None
-        differences = torch.cat(
-            [
-                logprob_diffs(self._logprobs(self.model, batch)[0], batch, version=version)
-                for batch in self._minibatches(samples)
-            ]
+            return Agreement()
+        found = [
+            logprob_diffs(self._logprobs(self.model, batch)[0], batch, version=version)
+            for batch in self._minibatches(samples)
+        ]
+        differences, engines = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return judge(
+            differences,
+            engines,
+            self.trainers,
+            engines=self.job.world.engines,
+            tolerance=self._tolerance(),
+            version=version,
         )
-        tokens = self.trainers.mean(len(differences))
-        average = self.trainers.mean(differences.sum().item()) / tokens
-        assert self.tolerance is not None
-        if not average <= self.tolerance or average == math.inf:
-            raise AgreementError(
-                f"engine and trainer log-probabilities differ by {average:.2e} on average, more than "
-                f"{self.tolerance:.0e}: the engines' weights are not the trainer's version {version}"
-            )
-        return self.trainers.max(differences.max().item() if len(differences) else 0.0)
+
+    def _tolerance(self) -> float:
+        """Of an engine's average difference."""
+        if self.config.logprob_tolerance is not None:
+            return self.config.logprob_tolerance
+        return FLOAT32_TOLERANCE[self.trainers.device.type] if self.dtype == torch.float32 else math.inf
 
     def update(self, samples: list[Sample]) -> float:
         """Clipped policy gradient over the samples, `epochs` times. Returns the mean loss. Collective."""

@@ -37,6 +37,8 @@ class Completion(msgspec.Struct, frozen=True):
     """On request: natural log-probability of each token of the prompt; None for the first, before which is nothing."""
     cached_tokens: int = 0
     """Tokens of the prompt whose keys and values were in the prefix cache."""
+    engine: int = 0
+    """Which of the pool's engines made it."""
 
     @property
     def versions(self) -> tuple[int, ...]:

@@ -81,7 +81,9 @@ class RolloutConfig:
     """Run the engines without torch.compile and CUDA graphs: faster to start, slower to decode."""
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int | None = None
-    """Most sequences that one engine decodes at a time. None: as many as vLLM's `LLM` does (1,024 on an H200)."""
+    """Most sequences that one engine decodes at a time. None: as many as vLLM's `LLM` does (1,024 on an H200).
+    Of tokens in a step, too, an engine takes as many as `LLM` (16,384), unless `engine_args` has
+    `max_num_batched_tokens`: fewer leave more memory to the KV cache."""
     deterministic: bool = False
     """The same seed, model and calls in the same order give the same tokens: every request gets a seed of its own,
     prompts go to engines in turn, an engine runs one `generate` call at a time, without a prefix cache. Slower. On

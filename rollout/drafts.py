@@ -48,7 +48,7 @@ class Draft:
         first, (kept, spans) = len(self.token_ids), self._kept
         tokens = list(output.token_ids)
         # vLLM before 0.29 gives a stream that ends without a token all it has had, once more.
-        logprobs = logprobs_of(output.logprobs)[: len(tokens)]
+        logprobs = [each for each in logprobs_of(output.logprobs)[: len(tokens)] if each is not None]
         assert len(logprobs) == len(tokens)
         self.token_ids += tokens
         self.logprobs += logprobs
@@ -103,14 +103,13 @@ class Draft:
             self._cached_tokens = found.num_cached_tokens
         logprobs = found.prompt_logprobs
         if self.prompt_logprobs is None and logprobs is not None and len(logprobs) >= len(self.prompt):
-            # Of the first token vLLM says none.
-            self.prompt_logprobs = [None, *logprobs_of(logprobs)][: len(self.prompt)]
+            self.prompt_logprobs = logprobs_of(logprobs)[: len(self.prompt)]
 
 
-def logprobs_of(flat: Any) -> list[float]:
-    """Of each token that was sampled, or is the prompt's: the first of its position in vLLM's `FlatLogprobs`."""
+def logprobs_of(flat: Any) -> list[float | None]:
+    """Of each position of vLLM's `FlatLogprobs`, its own token's: the first. None where vLLM says none."""
     places = zip(flat.start_indices, flat.end_indices, strict=True)
-    return [flat.logprobs[start] for start, end in places if start < end]
+    return [flat.logprobs[start] if start < end else None for start, end in places]
 
 
 def spans_of(switches: Sequence[Switch], number: int, count: int) -> Spans:

@@ -130,9 +130,9 @@ class Requests:
                 task.cancel()
             self._waiting.difference_update(tasks)
             del self._running[request.request_id]
-        # Made once: the samples have one prompt.
-        prompt_logprobs = group[0].prompt_logprobs if group else None
-        return [msgspec.structs.replace(each, prompt_logprobs=prompt_logprobs) for each in group]
+        # The first sample's: they have one prompt.
+        shared: dict[str, Any] = {"prompt_logprobs": group[0].prompt_logprobs if group else None, "engine": self._index}
+        return [msgspec.structs.replace(each, **shared) for each in group]
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """End these requests of the pool with what they have. Those that are not here are over already."""

@@ -38,7 +38,8 @@ def start_llm(launch: Launch) -> Any:
         "disable_log_stats": True,
     }
     engine_args = AsyncEngineArgs(**args | optional | launch.engine_args)
-    # As many requests at a time as vLLM's `LLM` takes: left alone, an `AsyncLLM` takes an eighth of that on an H200.
+    # As many requests at a time, and tokens in a step, as vLLM's `LLM` takes: left alone, an `AsyncLLM` takes an
+    # eighth of both on an H200.
     llm = AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
     _share_the_loop(llm)
     return llm

@@ -11,7 +11,7 @@ from torchrun import JOBS, Finished, run_job
 from rollcast.launch.tiny import character_tokenizer
 
 # Of a step, what tokens and weights decide.
-SAME = ("reward", "logprob_max_diff", "loss", "tokens")
+SAME = ("reward", "logprob_mean_diff", "logprob_max_diff", "loss", "tokens")
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -37,11 +37,12 @@ def check_agreement(report: dict[str, Any], *, staleness: int = 0) -> None:
     assert [step["policy_version"] for step in steps] == list(range(1, len(steps) + 1))
     assert [step["sync"]["version"] for step in steps] == [step["policy_version"] for step in steps]
     assert max(step["staleness_max"] for step in steps) == report["staleness_max"] == staleness
-    compared = [step["logprob_max_diff"] for step in [*steps, report["final"]]]
     assert all(step["logprob_max_diff"] is not None for step in steps if step["staleness_max"] == 0)
-    differences = [difference for difference in compared if difference is not None]
-    assert all(difference <= 1e-3 for difference in differences)
-    assert max(differences) > 0, "two implementations never agree to the last bit: nothing was compared"
+    compared = [step for step in [*steps, report["final"]] if step["logprob_max_diff"] is not None]
+    # Two implementations never agree to the last bit.
+    assert any(step["logprob_mean_diff"] > 0 for step in compared), "nothing was compared"
+    assert all(step["logprob_mean_diff"] <= step["logprob_max_diff"] <= 1e-3 for step in compared)
+    assert all(step["logprob_mean_diff"] <= 1e-4 for step in compared)
     for step in steps:
         # In the other modes a batch may be there already.
         assert {"generate", "agree", "train", "sync"} - set(step["phase_s"]) <= ({"generate"} if staleness else set())
@@ -144,7 +145,7 @@ def test_ones_own_model_task_and_prompts_on_a_tensor_parallel_engine(tmp_path: P
 def test_old_weights_in_a_sync_do_not_go_unnoticed(tmp_path: Path) -> None:
     done = run_job(JOBS / "old_weights.py", "--steps", "6", ranks=2, cwd=tmp_path, timeout_s=200)
     assert done.code != 0
-    assert "engine and trainer log-probabilities differ by" in done.output
+    assert "the weights of engine 0 are not the trainer's version 3" in done.output
     (report,) = tmp_path.glob("runs/*/report.json")
     facts = json.loads(report.read_text())
     assert facts["status"].startswith("AgreementError")

@@ -69,7 +69,8 @@ def samples(model: nn.Module) -> list[Sample]:
         own = [token.logprob.item() for token in oracle(model, [Sample(ids[:prompt], ids[prompt:], [], 0.0, 0)])]
         noise = (torch.randn(completion) * 0.4).tolist()
         engine = [logprob + offset for logprob, offset in zip(own, noise, strict=True)]
-        made.append(Sample(ids[:prompt], ids[prompt:], engine, (-1.3, 0.7, 2.0, -0.4, 1.1)[index], index))
+        advantage = (-1.3, 0.7, 2.0, -0.4, 1.1)[index]
+        made.append(Sample(ids[:prompt], ids[prompt:], engine, advantage, index, engine=index % 2))
     return made
 
 
@@ -178,11 +179,11 @@ def test_differences_count_sampled_tokens_only(model: nn.Module, samples: list[S
         logprobs = token_logprobs(model, batch, temperature=1.0)[0]
         tokens = list(oracle(model, samples))
     gaps = [abs(token.logprob.item() - samples[token.row].logprobs[token.position]) for token in tokens]
-    assert logprob_diffs(logprobs, batch, version=0).tolist() == pytest.approx(gaps, abs=1e-5)
+    assert logprob_diffs(logprobs, batch, version=0)[0].tolist() == pytest.approx(gaps, abs=1e-5)
     elsewhere = torch.where(batch.completion_mask == 0, logprobs - 50.0, logprobs)
-    assert logprob_diffs(elsewhere, batch, version=0).tolist() == pytest.approx(gaps, abs=1e-5)
+    assert logprob_diffs(elsewhere, batch, version=0)[0].tolist() == pytest.approx(gaps, abs=1e-5)
     nowhere = torch.full_like(logprobs, math.nan)
-    assert logprob_diffs(nowhere, batch, version=0).tolist() == [math.inf] * len(gaps), "it agrees with nothing"
+    assert logprob_diffs(nowhere, batch, version=0)[0].tolist() == [math.inf] * len(gaps), "it agrees with nothing"
 
 
 @pytest.mark.parametrize("version", range(6))
@@ -192,7 +193,9 @@ def test_differences_leave_out_samples_with_older_tokens(model: nn.Module, sampl
         logprobs = token_logprobs(model, batch, temperature=1.0)[0]
         tokens = [token for token in oracle(model, samples) if samples[token.row].oldest_version >= version]
     gaps = [abs(token.logprob.item() - samples[token.row].logprobs[token.position]) for token in tokens]
-    assert logprob_diffs(logprobs, batch, version=version).tolist() == pytest.approx(gaps, abs=1e-5)
+    differences, engines = logprob_diffs(logprobs, batch, version=version)
+    assert differences.tolist() == pytest.approx(gaps, abs=1e-5)
+    assert engines.tolist() == [samples[token.row].engine for token in tokens]
 
 
 def test_padding_never_poisons_the_loss(samples: list[Sample]) -> None:

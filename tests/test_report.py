@@ -30,6 +30,7 @@ def record(step: int) -> StepRecord:
     return StepRecord(
         step=step,
         reward=0.1 * step,
+        logprob_mean_diff=1e-7 * (step + 1),
         logprob_max_diff=1e-6 * (step + 1),
         staleness_max=step % 2,
         samples_dropped=16 * (step % 2),
@@ -67,6 +68,7 @@ def test_report_holds_config_versions_and_every_step(tmp_path: Path, terminal: b
     last = written["steps"][2]
     assert last["reward"] == pytest.approx(0.2)
     assert last["logprob_max_diff"] == pytest.approx(3e-6)
+    assert last["logprob_mean_diff"] == pytest.approx(3e-7)
     assert (last["staleness_max"], last["policy_version"], last["tokens"]) == (0, 3, 64)
     assert last["phase_s"] == {"generate": 0.3, "sync": 0.1}
     assert last["sync"]["version"] == 3
@@ -79,7 +81,7 @@ def test_report_holds_config_versions_and_every_step(tmp_path: Path, terminal: b
 def test_a_step_without_a_sample_of_the_newest_version_compares_nothing(tmp_path: Path) -> None:
     report, shown = run_report(tmp_path)
     with report:
-        report.add(replace(record(0), logprob_max_diff=None))
+        report.add(replace(record(0), logprob_mean_diff=None, logprob_max_diff=None))
         report.add(record(1))
     assert [step["logprob_max_diff"] for step in read(tmp_path)["steps"]] == [None, 2e-6]
     assert "2.0e-06" in shown.getvalue()

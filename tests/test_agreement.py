@@ -1,0 +1,48 @@
+"""The main job's judgement on its engines: each counts by itself."""
+
+import math
+
+import pytest
+import torch
+
+from rollcast.launch.agreement import Agreement, judge
+from rollcast.launch.errors import AgreementError
+from rollcast.launch.parallel import Trainers
+
+ENGINES = 8
+
+
+def look(by_engine: dict[int, list[float]], *, tolerance: float = 1e-3) -> Agreement:
+    differences = [difference for its in by_engine.values() for difference in its]
+    owners = [engine for engine, its in by_engine.items() for _ in its]
+    return judge(
+        torch.tensor(differences, dtype=torch.float32),
+        torch.tensor(owners, dtype=torch.int64),
+        Trainers(rank=0, size=1, device="cpu"),
+        engines=ENGINES,
+        tolerance=tolerance,
+        version=4,
+    )
+
+
+def test_single_tokens_may_differ_by_more_than_the_average() -> None:
+    found = look({0: [1e-4] * 99, 5: [2e-4] * 99 + [2e-2]})
+    assert found.mean_diff == pytest.approx(3.98e-4, rel=1e-3)
+    assert found.max_diff == pytest.approx(2e-2)
+
+
+def test_one_engine_that_is_behind_does_not_vanish_among_many() -> None:
+    by_engine = {engine: [1e-4] * 100 for engine in range(ENGINES)} | {6: [4e-3] * 100}
+    assert sum(map(sum, by_engine.values())) / 800 < 1e-3, "the average of all would have said nothing"
+    with pytest.raises(AgreementError, match=r"by 4\.00e-03 on average.* engine 6 are not the trainer's version 4"):
+        look(by_engine)
+
+
+def test_what_is_no_number_agrees_with_nothing() -> None:
+    with pytest.raises(AgreementError, match="engine 1 "):
+        look({0: [0.0], 1: [0.0, math.inf]}, tolerance=math.inf)
+
+
+def test_engines_without_a_token_say_nothing() -> None:
+    assert look({}) == Agreement(None, None)
+    assert look({7: [0.0]}) == Agreement(0.0, 0.0)

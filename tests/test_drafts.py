@@ -1,0 +1,58 @@
+"""A sample on its way, made of what vLLM hands out."""
+
+import pytest
+from vllm.logprobs import FlatLogprobs, Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+
+from rollcast.rollout.drafts import Draft, Switch
+from rollcast.rollout.records import Sampling
+
+START = [Switch(3, {})]
+
+
+def flat(*positions: dict[int, float] | None) -> FlatLogprobs:
+    """One position a dict; its own token first."""
+    made = FlatLogprobs()
+    for position in positions:
+        made.append({token: Logprob(logprob) for token, logprob in (position or {}).items()})
+    return made
+
+
+def output(tokens: list[int], logprobs: FlatLogprobs, finish_reason: str | None = None) -> CompletionOutput:
+    return CompletionOutput(0, "", tokens, None, logprobs, finish_reason=finish_reason)
+
+
+def draft() -> Draft:
+    return Draft([1, 2, 3], Sampling(max_tokens=8, prompt_logprobs=True), 0)
+
+
+def test_a_token_has_its_own_log_probability_and_not_the_likeliest_ones() -> None:
+    its = draft()
+    its.begin()
+    piece = its.take(output([7, 8], flat({7: -2.0, 9: -0.1}, {8: -0.5})), 1, START, ended=False)
+    assert (piece.token_ids, piece.logprobs) == ([7, 8], [-2.0, -0.5])
+    assert its.spans == ((3, 0),) and its.finish_reason is None
+
+
+def test_a_stream_that_ends_without_a_token_does_not_have_its_log_probabilities_twice() -> None:
+    its = draft()
+    its.begin()
+    its.take(output([7], flat({7: -2.0})), 1, START, ended=False)
+    # As vLLM before 0.29 ends a stream that was aborted.
+    piece = its.take(output([], flat({7: -2.0}), "abort"), 1, START, ended=True)
+    assert (piece.token_ids, piece.logprobs, piece.finish_reason) == ([], [], "abort")
+    assert its.completion().logprobs == [-2.0]
+
+
+def test_a_token_without_a_log_probability_is_no_completion() -> None:
+    its = draft()
+    its.begin()
+    with pytest.raises(AssertionError):
+        its.take(output([7, 8], flat({7: -2.0}, None)), 1, START, ended=False)
+
+
+def test_the_first_token_of_a_prompt_has_no_log_probability() -> None:
+    its = draft()
+    prompt_logprobs = flat(None, {2: -1.0}, {3: -0.25, 5: -0.1}, {7: -9.0})
+    its.take_prompt(RequestOutput("request", None, its.prompt, prompt_logprobs, [], finished=False))
+    assert its.prompt_logprobs == [None, -1.0, -0.25]
