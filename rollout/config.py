@@ -200,6 +200,22 @@ class RolloutConfig:
         config = self.model_config()
         return config.get("dtype") or config.get("torch_dtype") or "float32"
 
+    def how(
+        self,
+        *,
+        mode: str | None = None,
+        pause_mode: str | None = None,
+        kv_cache: str | None = None,
+        verify: str | None = None,
+    ) -> How:
+        """The way of a sync, where it is not None; else as configured."""
+        return How(
+            mode=mode or self.sync_mode,
+            pause_mode=pause_mode or self.pause_mode,
+            kv_cache=kv_cache or self.kv_cache,
+            verify=verify or self.verify,
+        )
+
     def torch_dtype(self) -> torch.dtype:
         """`resolved_dtype` as torch's object."""
         return getattr(torch, self.resolved_dtype())

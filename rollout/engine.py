@@ -5,10 +5,10 @@ from typing import Any
 from rollcast.rollout.batches import Batches
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.openai_door import OpenAIDoor
-from rollcast.rollout.records import Completion, Launch
+from rollcast.rollout.records import Completion
 from rollcast.rollout.requests import Requests, Running
 from rollcast.rollout.scheduling import Scheduling
-from rollcast.rollout.starting import start_llm
+from rollcast.rollout.starting import Launch, start_llm
 from rollcast.rollout.updates import Updates
 from rollcast.rollout.versioned import VersionedClient
 from rollcast.rollout.workers import Workers

@@ -21,8 +21,8 @@ from rollcast.comm.group import reachable_host
 from rollcast.rollout import layout
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.records import Launch
 from rollcast.rollout.roster import Roster
+from rollcast.rollout.starting import Launch
 from rollcast.rollout.world import World, without_torchrun
 
 POLL_S = 0.1

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from rollcast.rollout.records import Launch
+from rollcast.rollout.starting import Launch
 from rollcast.rollout.telling import TellVersions
 from rollcast.rollout.versioned import VersionedClient
 

@@ -126,16 +126,20 @@ class Received(msgspec.Struct, frozen=True, tag=True):
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
-    """Every engine has the weights: treat the prefix cache, set the version, resume. Answered by `Done`."""
+    """Every engine has the weights: treat the prefix cache, set the version, go on. Answered by `Done`."""
 
     version: int
     timeout_s: float
 
 
 class Abandon(msgspec.Struct, frozen=True, tag=True):
-    """The sync failed somewhere: serve on if the weights are untouched, refuse if they are torn. Answered by `Done`."""
+    """The sync failed somewhere: serve on if the weights are untouched, refuse if they are not. Answered by `Done`."""
 
     text: str
+
+
+class Settle(msgspec.Struct, frozen=True, tag=True):
+    """Every engine has committed, and every trainer rank knows: hand out what the version makes. Answered by `Done`."""
 
 
 class Describe(msgspec.Struct, frozen=True, tag=True):
@@ -213,6 +217,7 @@ Request = (
     | Receive
     | Commit
     | Abandon
+    | Settle
     | Describe
     | Fingerprint
     | Call
@@ -220,31 +225,3 @@ Request = (
     | WakeUp
 )
 Reply = Piece | Generated | Prepared | LandingPlans | Received | Description | Fingerprints | Called | Done | Failed
-
-
-class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine process is told when it starts (JSON on its standard input)."""
-
-    engine: int
-    host: str
-    """Address to bind the service to."""
-    device: str
-    dtype: str
-    model: str
-    max_model_len: int
-    tensor_parallel_size: int
-    worker_extension_cls: str
-    load_format: str
-    seed: int
-    eos_token_ids: tuple[int, ...]
-    """Tokens that end a completion unless `Sampling.ignore_eos`."""
-    enforce_eager: bool
-    gpu_memory_utilization: float
-    max_num_seqs: int | None
-    sync_asleep: str
-    deterministic: bool
-    openai_port: int | None
-    openai_flags: tuple[str, ...]
-    lora_rank: int | None
-    lora_versions: int
-    engine_args: dict[str, Any]

@@ -94,7 +94,7 @@ class Requests:
         self._decided.set()
 
     def advance(self, version: int, tokens: Mapping[str, int], *, anew: bool) -> None:
-        """The engine is on `version`; `tokens` is how many each request, by vLLM's id, had before.
+        """The engine is on `version`; `tokens` is how many each request, by vLLM's id, had before. `release` follows.
 
         With `anew`, requests that have not run yet are taken back and sent again: as they are, they would find keys
         that running ones have made with the old weights.
@@ -112,7 +112,6 @@ class Requests:
                 self._calls.add(call := asyncio.create_task(self._abort(waiting)))
                 call.add_done_callback(self._calls.discard)
         self.refusal = ""
-        self.release()
 
     async def generate(self, request: Running) -> list[Completion]:
         """Sample `sampling.n` completions of the prompt, in order."""

@@ -39,7 +39,6 @@ from rollcast.rollout.records import (
     Generated,
     JoinGroup,
     LandingPlans,
-    Launch,
     Prepare,
     Prepared,
     Receive,
@@ -47,10 +46,12 @@ from rollcast.rollout.records import (
     Reply,
     Request,
     RunBatch,
+    Settle,
     Sleep,
     WakeUp,
 )
 from rollcast.rollout.requests import Running
+from rollcast.rollout.starting import Launch
 
 PR_SET_PDEATHSIG = 1
 HEALTH_POLL_S = 0.2
@@ -138,6 +139,8 @@ class Service:
                 await self._engine.updates.commit(request.version, timeout_s=request.timeout_s)
             case Abandon():
                 await self._engine.updates.abandon(request.text)
+            case Settle():
+                self._engine.updates.settle()
             case Describe():
                 return self._describe()
             case Sleep():

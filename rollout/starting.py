@@ -3,8 +3,37 @@
 import asyncio
 from typing import Any
 
+import msgspec
+
 from rollcast.rollout.lora import lora_args
-from rollcast.rollout.records import Launch
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process is told when it starts (JSON on its standard input)."""
+
+    engine: int
+    host: str
+    """Address to bind the service to."""
+    device: str
+    dtype: str
+    model: str
+    max_model_len: int
+    tensor_parallel_size: int
+    worker_extension_cls: str
+    load_format: str
+    seed: int
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end a completion unless `Sampling.ignore_eos`."""
+    enforce_eager: bool
+    gpu_memory_utilization: float
+    max_num_seqs: int | None
+    sync_asleep: str
+    deterministic: bool
+    openai_port: int | None
+    openai_flags: tuple[str, ...]
+    lora_rank: int | None
+    lora_versions: int
+    engine_args: dict[str, Any]
 
 
 def start_llm(launch: Launch) -> Any:

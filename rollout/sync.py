@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightBroadcaster, WeightSource
 from rollcast.comm.agree import Agreement, first_error, unanimous
 from rollcast.comm.report import WorkerReport
 from rollcast.rollout.config import How, RolloutConfig
-from rollcast.rollout.errors import EngineError, SyncError
+from rollcast.rollout.errors import SyncError
 from rollcast.rollout.hardware import GpuWatch
 from rollcast.rollout.lanes import Lanes
+from rollcast.rollout.orders import Orders
 from rollcast.rollout.pool import Pool
 from rollcast.rollout.preflight import Card
-from rollcast.rollout.records import Abandon, Commit, Receive, Reply
-from rollcast.rollout.replies import WORDS_SHARE, collect, words_of, worker_reports
+from rollcast.rollout.records import Reply
+from rollcast.rollout.replies import collect, words_of, worker_reports
 
 # Shares of the sync's timeout. What is left after the wire is for asking the engines what went wrong and for
 # telling the other ranks, so that all of them raise in time.
@@ -53,6 +54,7 @@ class PoolBroadcaster:
         self._host = host
         self._name = name
         self._attempt = 0
+        self._orders = Orders(pool, config=config, rank=rank)
         self._lanes = Lanes(pool, agreement, source.manifest, config=config, rank=rank, cards=cards)
         self._broadcaster: WeightBroadcaster | None = None
         self.closed = False
@@ -75,13 +77,7 @@ class PoolBroadcaster:
         rank 0's report has the GPUs' memory and NVLink traffic. Raises `ValueError` for bad input, and `SyncError`
         with the words of whoever failed.
         """
-        its = self._config
-        how = How(
-            mode=mode or its.sync_mode,
-            pause_mode=pause_mode or its.pause_mode,
-            kv_cache=kv_cache or its.kv_cache,
-            verify=verify or its.verify,
-        )
+        how = self._config.how(mode=mode, pause_mode=pause_mode, kv_cache=kv_cache, verify=verify)
         if not hardware or self._rank:
             return self._sync(version, how)
         with GpuWatch(self._pool, self._lanes.device).during() as watch:
@@ -106,6 +102,21 @@ class PoolBroadcaster:
         timer = PhaseTimer()
         with timer("plan"):
             self._agree_on_plan(version, how)
+        try:
+            workers = self._carry_out(version, how, timer)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                # Of what has failed they have heard. Else they would hold back what they make for ever.
+                self._lanes.close()
+                self._orders.abandon(f"the trainer gave it up: {type(error).__name__}")
+            raise
+        self.version = version
+        report = SyncReport.of(version, self._source.manifest.nbytes, timer, workers)
+        self._pool.metrics.synced(report)
+        return report
+
+    def _carry_out(self, version: int, how: How, timer: PhaseTimer) -> list[WorkerReport]:
+        """Send, agree and commit: what the workers say of it."""
         timeout_s = self._config.sync_timeout_s
         end, deadline = Deadline(timeout_s), Deadline(timeout_s * WIRE_SHARE)
         receiving: list[Future[Reply]] = []
@@ -114,7 +125,9 @@ class PoolBroadcaster:
         try:
             with timer("plan"):
                 broadcaster = self._open(deadline)
-            failure = self._start_receiving(receiving, version, how, deadline)
+            plan, groups = self._lanes.plan, [*self._lanes.groups.values()]
+            assert plan is not None
+            failure = self._orders.receive(receiving, version, how, plan=plan, groups=groups, deadline=deadline)
             for again in (False, True)[: 2 if how.verify == "full" else 1]:
                 sent = self._send(broadcaster, deadline, timer, checksums=how.verify != "none" and not again)
                 failure = failure or sent
@@ -124,15 +137,9 @@ class PoolBroadcaster:
                 workers = worker_reports(collect(receiving, deadline=deadline, soon=True))
         except Exception as problem:
             error = problem
-        except BaseException:
-            self._lanes.close()
-            raise
         with timer("control"):
             self._conclude(version, error, receiving, end)
-        self.version = version
-        report = SyncReport.of(version, self._source.manifest.nbytes, timer, workers)
-        self._pool.metrics.synced(report)
-        return report
+        return workers
 
     def release(self) -> None:
         """Let go of the weights, here and in workers: before they leave the GPU. Not collective."""
@@ -175,38 +182,6 @@ class PoolBroadcaster:
         if version <= self.version and not how.unchanged:
             raise ValueError(f"version must grow: {version} after {self.version}")
 
-    def _start_receiving(
-        self, receiving: "list[Future[Reply]]", version: int, how: How, deadline: Deadline
-    ) -> Exception | None:
-        """Rank 0: make every engine receive. What went wrong, if anything: the ranks must walk their weights first."""
-        plan, groups = self._lanes.plan, list(self._lanes.groups.values())
-        assert plan is not None
-
-        def leave_if_failed(done: "Future[Reply]") -> None:
-            # A broadcast to a worker that gave up would last until the deadline; leaving the groups ends it.
-            if done.exception():
-                for group in groups:
-                    group.close()
-
-        size = self._config.tensor_parallel_size
-        try:
-            for engine in range(self._pool.engines if self._rank == 0 else 0):
-                workers = range(engine * size, (engine + 1) * size)
-                request = Receive(
-                    version=version,
-                    digests=[plan.lane_of(worker).digest for worker in workers],
-                    first_rank=1 + engine * size,
-                    prefix_cache=self._config.prefix_cache,
-                    alone=self._alone,
-                    timeout_s=deadline.left_s(),
-                    **asdict(how),
-                )
-                receiving.append(self._pool.request(engine, request))
-                receiving[-1].add_done_callback(leave_if_failed)
-        except Exception as error:
-            return error
-        return None
-
     def _send(
         self, broadcaster: WeightBroadcaster, deadline: Deadline, timer: PhaseTimer, *, checksums: bool
     ) -> Exception | None:
@@ -224,26 +199,13 @@ class PoolBroadcaster:
         """Agree on the outcome; commit it, or raise the same `SyncError` on every rank."""
         try:
             words = self._decide("sent", words_of(error, receiving, timeout_s=self._config.sync_timeout_s), end)
-            if not words and not self._alone:
-                words = self._decide("committed", self._commit(version, end) if self._rank == 0 else "", end)
+            if not words and not self._orders.alone:
+                words = self._decide("committed", self._orders.commit(version, end), end)
         except TimeoutError as late:
             words = str(late)
         if words:
             self._pool.metrics.failed()
             self._lanes.close()
-            for engine in range(self._pool.engines if self._rank == 0 else 0):
-                self._pool.request(engine, Abandon(words))
+            self._orders.abandon(words)
             raise SyncError(f"sync of version {version} failed: {words}") from error
-
-    @property
-    def _alone(self) -> bool:
-        """Whether one trainer talks to one engine, whose word is all that a decision would be made of."""
-        return self._pool.engines == 1 and self._config.trainers == 1
-
-    def _commit(self, version: int, end: Deadline) -> str:
-        deadline = Deadline(max(end.left_s() * (1.0 - WORDS_SHARE), 0.1))
-        try:
-            self._pool.ask_all(Commit(version, deadline.left_s()), deadline=deadline)
-        except EngineError as error:
-            return str(error)
-        return ""
+        self._orders.settle()

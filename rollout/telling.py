@@ -19,8 +19,7 @@ class TellVersions:
 
     `policy_version`, and the header, are the newest token's version; `policy_spans` of a choice are [version, first
     token] pairs. In a stream the header is the first token's version, and each event has the version of its own last
-    token. (Streams of the Responses API begin before there is one, and have no header.) What is refused before it has
-    begun is status 503.
+    token: what comes before the first token waits for it. What is refused before it has begun is status 503.
     """
 
     def __init__(self, app: Any) -> None:
@@ -87,10 +86,13 @@ class _Answer:
         await self._send_object(self._body if self._told.version is None else _with_versions(self._body, self._told))
 
     async def _send_piece(self, message: Message) -> None:
-        """Events go as they come, and so does what is none of ours."""
-        if self._head is not None:
+        """Events go as they come, from the first token on, and so does what is none of ours."""
+        self._body += message.get("body", b"")
+        if self._kind == EVENTS and self._told.version is None and message.get("more_body"):
+            return
+        if not self.begun:
             await self._send_head({})
-        body = message.get("body", b"")
+        body, self._body = self._body, b""
         if self._kind == EVENTS and self._told.version is not None:
             body = "\n".join(_told_line(line, self._told) for line in body.decode().split("\n")).encode()
         await self._send({**message, "body": body})

@@ -18,23 +18,27 @@ from rollcast.rollout.workers import Workers
 class State(Enum):
     """Of an engine's weights.
 
-    SERVING --receive--> RECEIVING --commit--> SERVING       (in place: the weights are a mixture at first)
+    SERVING --receive--> RECEIVING --commit--> COMMITTED     (in place: the weights are a mixture at first)
                          RECEIVING --abandon--> TORN --receive--> RECEIVING
-    SERVING --receive--> HOLDING --commit--> SERVING         (shadow: the new weights wait beside the old)
+    SERVING --receive--> HOLDING --commit--> COMMITTED       (shadow: the new weights wait beside the old)
                          HOLDING --abandon--> SERVING
+    COMMITTED --settle--> SERVING                            (everybody has the version)
+    COMMITTED --abandon--> TORN                              (somebody has not: it may come again, with other weights)
     """
 
     SERVING = "serving"
     RECEIVING = "receiving"
     HOLDING = "holding"
+    COMMITTED = "committed"
     TORN = "torn"
 
 
 class Updates:
     """Takes an engine from one version to the next.
 
-    Between `receive` and `commit` nothing is handed out; after a failure vLLM is paused and requests are refused
-    instead of served with torn weights.
+    Between `receive` and `settle` nothing is handed out, so that a version is of the same weights wherever it is seen;
+    an engine alone need not wait for others. After a failure vLLM is paused and requests are refused instead of served
+    with torn weights.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class Updates:
         await self._workers.call("rollcast_join", *arguments)
 
     async def receive(self, request: Receive) -> list[WorkerTimes]:
-        """Receive new weights in all workers. Served when `commit` is called, or at once if `request.alone`."""
+        """Receive new weights in all workers. Served after `commit` and `settle`, or at once if `request.alone`."""
         try:
             self._check(request)
             self._changing = asyncio.current_task()
@@ -123,8 +127,7 @@ class Updates:
         """Make a call that changes the live weights; what it returns.
 
         It is made between two steps of the workers, which make none meanwhile, and its GPU work is queued behind
-        that of the step under way. So requests need no pause to be kept; what ends from here on is held until
-        `commit`.
+        that of the step under way. So requests need no pause to be kept; what ends from here on is held.
         """
         self._requests.hold()
         if request.prefix_cache == "salt":
@@ -152,22 +155,34 @@ class Updates:
             await self._requests.set_aside()
 
     async def commit(self, version: int, *, timeout_s: float) -> None:
-        """All engines have the weights: switch to them, treat the prefix cache, set the version, resume."""
+        """All engines have the weights: switch to them, treat the prefix cache, set the version, go on."""
         request = self._received
         assert request is not None and request.version == version
-        if self._state is State.TORN:
-            raise EngineError(f"engine {self._index}: the sync of version {version} was given up meanwhile")
+        self._raise_if_given_up(version)
         self._changing = asyncio.current_task()
         if self._state is State.HOLDING:
             await self._change("rollcast_apply", timeout_s, request=request, timeout_s=timeout_s)
         if _clears(request) and not await self._scheduling.clear_prefix_cache():
             raise EngineError(f"engine {self._index}: vLLM did not clear its prefix cache")
+        self._raise_if_given_up(version)
         anew = request.prefix_cache == "salt" and not _clears(request)
         self._requests.advance(version, self._tokens, anew=anew)
-        self._state, self._received = State.SERVING, None
+        self._state, self._received = State.COMMITTED, None
+        if request.alone:
+            self._requests.release()
         if not self._scheduling.asleep:
             # Asleep, vLLM schedules again when its cache is awake, too, and empty.
             await self._scheduling.resume()
+
+    def _raise_if_given_up(self, version: int) -> None:
+        if self._state is State.TORN:
+            raise EngineError(f"engine {self._index}: the sync of version {version} was given up meanwhile")
+
+    def settle(self) -> None:
+        """All engines have committed: hand out what the version makes."""
+        if self._state is State.COMMITTED:
+            self._state = State.SERVING
+            self._requests.release()
 
     async def abandon(self, text: str) -> None:
         """The sync failed somewhere. Untouched weights serve on; torn ones never do."""
@@ -180,12 +195,11 @@ class Updates:
             self._requests.release()
             await self._scheduling.resume()
             return
+        held = "weights that others have not" if self._state is State.COMMITTED else "torn weights"
         self._state = State.TORN
-        # Nobody may find the keys that torn weights have made.
+        # Nobody may find the keys that these weights have made.
         self._requests.salt += 1
-        self._requests.refuse(
-            f"engine {self._index} holds torn weights and refuses to generate until the next sync: {text}"
-        )
+        self._requests.refuse(f"engine {self._index} holds {held} and refuses to generate until the next sync: {text}")
 
     @property
     def busy(self) -> bool:

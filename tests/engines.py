@@ -41,6 +41,7 @@ from rollcast.rollout.records import (
     Receive,
     Received,
     Request,
+    Settle,
     WorkerTimes,
 )
 from rollcast.rollout.replies import collect
@@ -131,8 +132,12 @@ class Engines:
                     self.versions[engine] = request.version
                 return Received([WorkerTimes(request.first_rank + w, its) for w, its in enumerate(phases)])
             case Commit():
+                try:
+                    self.fault(engine, 0, request)
+                except RuntimeError as error:
+                    raise EngineError(f"engine {engine}: {error}") from error
                 self.versions[engine] = request.version
-            case Abandon():
+            case Abandon() | Settle():
                 pass
         return Done()
 

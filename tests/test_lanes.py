@@ -14,7 +14,7 @@ from sides import check_same_bytes, within
 
 from rollcast.comm import SyncReport
 from rollcast.rollout import SyncError
-from rollcast.rollout.records import Abandon, Commit, JoinGroup, Receive
+from rollcast.rollout.records import Abandon, Commit, JoinGroup, Receive, Settle
 
 pytestmark = pytest.mark.timeout(120)
 # Much less than the deadline. Where the resolver is slow, a connection to a store can take 5 s.
@@ -95,6 +95,21 @@ def test_a_worker_that_fails_in_a_sync_fails_all_ranks_at_once(start: Start, bro
     weights["p0"].zero_()
     check_ok(trainers.sync({"version": 3}))
     check_landed(engines, weights)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_engine_that_cannot_commit_fails_all_ranks_and_nobody_settles(start: Start, broken: int) -> None:
+    engines = Engines(2, 1)
+    trainers = start(engines, weights_of())
+    check_ok(trainers.sync({"version": 1}))
+    engines.fault = lambda engine, worker, request: fail(isinstance(request, Commit) and engine == broken)
+    with within(SOON_S):
+        check_failed(trainers.sync({"version": 2}), f"engine {broken}: it was told to fail")
+    assert sum(isinstance(request, Settle) for request in engines.seen) == 2, "those of version 1"
+    assert sum(isinstance(request, Abandon) for request in engines.seen) == 2
+    engines.fault = lambda *_: None
+    check_ok(trainers.sync({"version": 2}))
+    assert engines.versions == {0: 2, 1: 2}
 
 
 @pytest.mark.parametrize("broken", [0, 1])

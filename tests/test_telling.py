@@ -73,6 +73,20 @@ def test_events_have_the_version_of_their_own_sample() -> None:
     assert bodies[0].startswith(b"event: it\n") and bodies[-1].endswith(b"data: [DONE]\n\n")
 
 
+def test_events_that_come_before_the_first_token_wait_for_its_version() -> None:
+    early, late = b'data: {"type": "response.created"}\n\n', b'data: {"type": "response.output_text.delta"}\n\n'
+    app = App(({}, early), ({}, early), ({"version": 5}, late), ({}, b"data: [DONE]\n\n"), headers=[EVENTS])
+    status, heads, bodies = answer(app)
+    assert (status, heads[b"x-rollcast-version"], len(bodies)) == (200, b"5", 2)
+    lines = [line for line in bodies[0].decode().splitlines() if line]
+    assert [json.loads(line[6:]).get("policy_version") for line in lines] == [5, 5, 5]
+
+
+def test_events_without_a_token_come_at_the_end() -> None:
+    status, heads, bodies = answer(App(({}, b"data: {}\n\n"), ({}, b"data: [DONE]\n\n"), headers=[EVENTS]))
+    assert (status, bodies) == (200, [b"data: {}\n\ndata: [DONE]\n\n"]) and b"x-rollcast-version" not in heads
+
+
 @pytest.mark.parametrize("kind", [JSON, EVENTS])
 @pytest.mark.parametrize("raises", [None, RuntimeError("again, as Starlette does")])
 def test_what_is_refused_is_503_and_a_browser_may_read_it(kind: tuple[bytes, bytes], raises: Exception | None) -> None:

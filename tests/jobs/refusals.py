@@ -14,7 +14,7 @@ from rollcast.comm import WeightSource
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.engine import Engine
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.records import Launch
+from rollcast.rollout.starting import Launch
 
 
 async def main() -> None:

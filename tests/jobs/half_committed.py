@@ -1,0 +1,112 @@
+"""A sync that one engine commits and the other does not, and one that is interrupted (1 trainer, 2 engines).
+
+half_committed.py MODEL_FOLDER REPORT.json      (run by torchrun)
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from models import build, perturb
+from oracle import distances, said
+
+import rollcast.rollout as rollcast
+from rollcast.rollout.extension import RollcastWorker
+
+# Long enough for the other engine to commit, and to make what is asked of it.
+STUMBLE_S = 4.0
+LONG = rollcast.Sampling(max_tokens=300, ignore_eos=True)
+SHORT = rollcast.Sampling(max_tokens=8, ignore_eos=True)
+PROMPTS = [[5 + index, 6, 7, 8] * 12 for index in range(4)]
+
+
+class StumblingWorker(RollcastWorker):
+    """Fails at the switch to weights received aside, late, when told to."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def stumble(self, pid: int) -> None:
+        """In the next switch, if it is this worker's `pid`."""
+        if pid != os.getpid():
+            return
+
+        def stumbling(timeout_s: float) -> None:
+            del worker.rollcast_apply
+            time.sleep(STUMBLE_S)
+            raise RuntimeError("the worker stumbled")
+
+        worker: Any = self
+        worker.rollcast_apply = stumbling
+
+
+def main() -> None:
+    folder, report = sys.argv[1], Path(sys.argv[2])
+    config = rollcast.RolloutConfig(
+        model=folder,
+        enforce_eager=True,
+        prefix_cache="salt",
+        worker_extension_cls="half_committed.StumblingWorker",
+        log_dir=folder,
+    )
+    with rollcast.join(config) as job:
+        if job.is_trainer:
+            report.write_text(json.dumps(facts(job)))
+
+
+def facts(job: rollcast.Job) -> dict[str, Any]:
+    model = build("tied")
+    broadcaster = job.broadcaster(model)
+    broadcaster.sync(version=1)
+    found: dict[str, Any] = {"before": served(job, model)}
+    perturb(model, seed=1)
+    job.pool.call_workers("stumble", job.pool.call_workers("pid")[1][0])
+    running = [job.pool.submit(prompt, LONG) for prompt in PROMPTS]
+    found["half committed"] = said(lambda: broadcaster.sync(version=2, mode="shadow"))
+    found["in flight"] = [said(future.result) for future in running]
+    found["versions"] = [its.version for its in job.pool.describe()]
+    found["asked"] = refusals(job)
+    perturb(model, seed=2)
+    broadcaster.sync(version=2)
+    found["mended"] = served(job, model)
+    interrupt(broadcaster)
+    found["interrupted"] = refusals(job)
+    broadcaster.sync(version=3)
+    found["resumed"] = served(job, model)
+    return found
+
+
+def refusals(job: rollcast.Job) -> list[str]:
+    """What is said to each prompt."""
+    return [said(job.pool.submit(prompt, SHORT).result) for prompt in PROMPTS]
+
+
+def served(job: rollcast.Job, model: Any) -> list[Any]:
+    """By prompt: the engine, the versions, and the largest distance from transformers' log-probabilities."""
+    groups = job.pool.generate(PROMPTS, SHORT)
+    pairs = [(prompt, sample) for prompt, (sample,) in zip(PROMPTS, groups, strict=True)]
+    return [[its.engine, its.versions, distances(model, prompt, its).max().item()] for prompt, its in pairs]
+
+
+def interrupt(broadcaster: Any) -> None:
+    """As Ctrl-C in the middle of a sync, which somebody catches."""
+    sender = broadcaster._broadcaster
+
+    def send(*_: Any, **__: Any) -> None:
+        del sender.send
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+
+    sender.send = send
+    try:
+        broadcaster.sync(version=3)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("nobody was interrupted")
+
+
+if __name__ == "__main__":
+    main()
