@@ -52,6 +52,14 @@ def test_a_stream_says_the_same_and_its_version(facts: dict[str, Any]) -> None:
     assert streamed["header"] == "0" and {version for _, version in streamed["pieces"]} == {0}
 
 
+def test_a_stream_of_the_responses_api_tells_its_version(facts: dict[str, Any]) -> None:
+    events = facts["responses"]["events"]
+    kinds = [kind for kind, _ in events]
+    assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+    assert "response.output_text.delta" in kinds
+    assert facts["responses"]["header"] == "0" and {version for _, version in events} == {0}
+
+
 def test_several_prompts_and_samples_have_their_places(facts: dict[str, Any]) -> None:
     choices = facts["several"]
     assert [index for index, *_ in choices] == [0, 1, 2, 3]

@@ -61,6 +61,7 @@ def facts(job: rollcast.Job, folder: str) -> dict[str, Any]:
         "models": [[its.id for its in each.models.list()] for each in clients],
         "whole": [whole(each, temperature=0.0, max_tokens=12) for each in clients],
         "streamed": streamed(client, temperature=0.0, max_tokens=12),
+        "responses": responses(client),
         "several": several(client),
         "bad": said_by(lambda: whole(client, max_tokens=-1)),
     }
@@ -107,6 +108,17 @@ def streamed(client: openai.OpenAI, **options: Any) -> dict[str, Any]:
     return {
         "header": header,
         "pieces": [[its["choices"][0]["delta"].get("content"), its["policy_version"]] for its in events],
+    }
+
+
+def responses(client: openai.OpenAI) -> dict[str, Any]:
+    """The Responses API, as a stream: the header, and kind and version of each event."""
+    options: Any = {"max_output_tokens": 12, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
+    with client.responses.with_streaming_response.create(model="it", input="abc", stream=True, **options) as raw:
+        events = [json.loads(line[6:]) for line in raw.iter_lines() if line.startswith("data: {")]
+    return {
+        "header": raw.headers.get("x-rollcast-version"),
+        "events": [[its["type"], its.get("policy_version")] for its in events],
     }
 
 
