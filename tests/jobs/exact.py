@@ -25,6 +25,8 @@ def main() -> None:
         trainers=trainers,
         tensor_parallel_size=tensor_parallel_size,
         enforce_eager=True,
+        # Else vLLM spends half a minute on the blocks of a large GPU's KV cache.
+        gpu_memory_utilization=0.2,
         max_model_len=64,
         cpu_weights=sys.argv[7],
         transport=sys.argv[8],

@@ -17,6 +17,7 @@ def main() -> None:
         model=sys.argv[1],
         dtype="float32",
         enforce_eager=True,
+        gpu_memory_utilization=0.2,
         skip_tokenizer_init=True,
         max_model_len=64,
         tensor_parallel_size=int(sys.argv[3]),
