@@ -1,4 +1,4 @@
-"""What vLLM has chosen by itself and speed depends on (every vLLM worker process, as `worker_extension_cls`)."""
+"""Settings that vLLM chooses itself and that speed depends on (vLLM worker process, as `worker_extension_cls`)."""
 
 from typing import Any
 

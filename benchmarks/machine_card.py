@@ -35,7 +35,7 @@ def gpu_card(uuids: list[str]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what numbers depend on. None: not there, or not used."""
+    """Of what numbers depend on. None: not there."""
     import torch
     from torch.cuda.nccl import version as nccl_version
 

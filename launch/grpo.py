@@ -100,8 +100,6 @@ def rollout_config(config: GrpoConfig, folder: Path) -> RolloutConfig:
         tensor_parallel_size=config.tensor_parallel_size,
         device=config.device,
         dtype=config.dtype,
-        # vLLM makes an object of each block of the KV cache: on a large GPU, 30 s of them for the tiny model.
-        gpu_memory_utilization=0.9 if config.model else 0.2,
         max_model_len=config.max_model_len,
         seed=config.seed,
         deterministic=config.deterministic,
@@ -111,6 +109,9 @@ def rollout_config(config: GrpoConfig, folder: Path) -> RolloutConfig:
         verify=config.verify,
         log_dir=str(folder),
     )
+    if config.model is None:
+        # vLLM makes an object of each block of the KV cache: on a large GPU, 30 s of them for the tiny model.
+        rollout = replace(rollout, gpu_memory_utilization=0.2)
     eager = config.enforce_eager
     return replace(rollout, enforce_eager=rollout.resolved_device() == "cpu" if eager is None else eager)
 

@@ -22,7 +22,7 @@ class Sample:
     advantage: float
     oldest_version: int
     """Of the policy, for its first token."""
-    engine: int = 0
+    engine: int
     """That made it."""
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollcast.comm import SyncReport
-from rollcast.launch.agreement import Agreement, judge
+from rollcast.launch.agreement import LogprobGap, judge
 from rollcast.launch.options import GrpoConfig
 from rollcast.launch.parallel import Trainers
 from rollcast.launch.policy import (
@@ -71,11 +71,11 @@ class Grpo:
             waiting=partial(self.report.phase, "generate"),
         ).run(steps=self.config.steps)
         rollout = self.sampler.generate(outcome.trained + outcome.dropped)
-        agreement = self.agreement(rollout.samples)
+        gap = self.agreement(rollout.samples)
         self.report.final = {
             "reward": self.trainers.mean(rollout.reward),
-            "logprob_mean_diff": agreement.mean_diff,
-            "logprob_max_diff": agreement.max_diff,
+            "logprob_mean_diff": gap.mean_diff,
+            "logprob_max_diff": gap.max_diff,
             "policy_version": self.broadcaster.version,
         }
         self.trainers.close()
@@ -83,10 +83,10 @@ class Grpo:
     def train(self, rollout: Rollout) -> None:
         """The step's update, after a look at the engines. Collective."""
         with self.report.phase("agree"):
-            agreement = self.agreement(rollout.samples)
+            gap = self.agreement(rollout.samples)
         with self.report.phase("train"):
             loss = self.update(rollout.samples)
-        self.trained = rollout, agreement, loss
+        self.trained = rollout, gap, loss
 
     def drop(self, rollout: Rollout) -> None:
         """Count samples that nobody will train on."""
@@ -95,7 +95,7 @@ class Grpo:
 
     def finish(self, version: int) -> None:
         """Sync, and note what the step was like. Collective."""
-        rollout, agreement, loss = self.trained
+        rollout, gap, loss = self.trained
         behind = self.broadcaster.version - rollout.oldest_version
         with self.report.phase("sync"):
             sync = self.sync(version=version)
@@ -103,8 +103,8 @@ class Grpo:
         record = StepRecord(
             step=len(self.report.records),
             reward=self.trainers.mean(rollout.reward),
-            logprob_mean_diff=agreement.mean_diff,
-            logprob_max_diff=agreement.max_diff,
+            logprob_mean_diff=gap.mean_diff,
+            logprob_max_diff=gap.max_diff,
             staleness_max=round(self.trainers.max(behind)),
             samples_dropped=self.dropped * self.trainers.size,
             policy_version=version,
@@ -118,7 +118,7 @@ class Grpo:
         self.report.add(record)
 
     @torch.no_grad()
-    def agreement(self, samples: list[Sample]) -> Agreement:
+    def agreement(self, samples: list[Sample]) -> LogprobGap:
         """The engines' log-probabilities of sampled tokens against this policy's own.
 
         Over the samples that are wholly of this policy's version. Raises `AgreementError` on all trainers when an
@@ -126,7 +126,7 @@ class Grpo:
         """
         version = self.broadcaster.version
         if not self.trainers.max(any(sample.oldest_version >= version for sample in samples)):
-            return Agreement()
+            return LogprobGap()
         found = [
             logprob_diffs(self._logprobs(self.model, batch)[0], batch, version=version)
             for batch in self._minibatches(samples)

@@ -7,7 +7,10 @@ import msgspec
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How to sample; names and meaning as in vLLM's `SamplingParams`."""
+    """How to sample; names and meaning as in vLLM's `SamplingParams`.
+
+    Raises `ValueError` if `n` or `max_tokens` is less than 1. Of the rest, vLLM judges when it gets a request.
+    """
 
     max_tokens: int = 16
     n: int = 1
@@ -20,6 +23,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     prompt_logprobs: bool = False
     """Whether completions carry the log-probabilities of the prompt's own tokens. Such a prompt is computed anew."""
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.max_tokens < 1:
+            raise ValueError(f"n and max_tokens must be at least 1, not {self.n} and {self.max_tokens}")
 
 
 class Completion(msgspec.Struct, frozen=True):

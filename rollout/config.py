@@ -117,7 +117,8 @@ class RolloutConfig:
     it stays, and serves keys of the old weights."""
     sync_mode: str = "in_place"
     """How weights arrive. "in_place": in the live parameters, while the engine holds still. "shadow": in spare GPU
-    memory, as much as the weights take, while the engine decodes; then it holds still for one copy."""
+    memory, as much as the weights take, while the engine decodes; then it holds still for one copy. (An engine that
+    refuses to generate after a failure receives in place.)"""
     transport: str = "auto"
     """How bytes travel between GPUs. "nccl": grouped broadcasts. "ipc": workers read the trainer's memory, on one
     machine. "auto": "ipc" where trainer and worker share a GPU, which NCCL cannot join twice, and where one worker
@@ -208,7 +209,7 @@ class RolloutConfig:
         kv_cache: str | None = None,
         verify: str | None = None,
     ) -> How:
-        """The way of a sync, where it is not None; else as configured."""
+        """How to sync: as given, or as configured where None."""
         return How(
             mode=mode or self.sync_mode,
             pause_mode=pause_mode or self.pause_mode,

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
+
 from rollcast.rollout.dispatch import Dispatch
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.records import (
@@ -45,10 +47,11 @@ class Pool(Dispatch):
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         *,
+        n: int | None = None,
         request_ids: Sequence[str] | None = None,
         priority: int = 0,
     ) -> list[list[Completion]]:
-        """Sample `sampling.n` completions of each prompt; prompts are token ids. Not collective.
+        """Sample `n` completions (None: `sampling.n`) of each prompt; prompts are token ids. Not collective.
 
         Blocks until all are done. Requests with a lower `priority` run first; `request_ids` are names to `abort` by,
         one for each prompt. Raises `ValueError` for a prompt that does not fit the engines, `EngineError` when an
@@ -57,7 +60,7 @@ class Pool(Dispatch):
         ids = self.new_ids(len(prompts)) if request_ids is None else request_ids
         if len(ids) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many request_ids, got {len(ids)}")
-        started = self.start(prompts, sampling, ids, priority=priority)
+        started = self.start(prompts, _times(sampling, n), ids, priority=priority)
         try:
             return [future.result() for future in started]
         except BaseException:
@@ -67,13 +70,20 @@ class Pool(Dispatch):
             raise
 
     def submit(
-        self, prompt: Sequence[int], sampling: Sampling, *, request_id: str | None = None, priority: int = 0
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        n: int | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> "Future[list[Completion]]":
         """As `generate`, for one prompt, without waiting. `asyncio.wrap_future` makes it awaitable.
 
         A future that is cancelled aborts the request.
         """
-        (future,) = self.start([prompt], sampling, [request_id] if request_id else self.new_ids(1), priority=priority)
+        ids = [request_id] if request_id else self.new_ids(1)
+        (future,) = self.start([prompt], _times(sampling, n), ids, priority=priority)
         return future
 
     async def stream(
@@ -137,3 +147,8 @@ class Pool(Dispatch):
         the worker's text. It runs between two steps of the engine, which it holds up.
         """
         return [expect(reply, Called).results for reply in self.ask_all(Call(method, list(args)))]
+
+
+def _times(sampling: Sampling, n: int | None) -> Sampling:
+    """With `n` samples of each prompt; None: as it is."""
+    return sampling if n is None else msgspec.structs.replace(sampling, n=n)

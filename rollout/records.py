@@ -90,7 +90,7 @@ class JoinGroup(msgspec.Struct, frozen=True, tag=True):
 
 
 class Receive(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Receive one sync in every worker, and serve it at `Commit`. Answered by `Received`."""
+    """Receive one sync in every worker, to be switched to at `Commit`. Answered by `Received`."""
 
     version: int
     digests: list[str]

@@ -1,4 +1,4 @@
-"""How vLLM is started (engine process)."""
+"""How vLLM is started: what the leader tells the engine process, and what that makes of it."""
 
 import asyncio
 from typing import Any

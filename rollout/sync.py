@@ -7,11 +7,11 @@ from dataclasses import replace
 from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightBroadcaster, WeightSource
 from rollcast.comm.agree import Agreement, first_error, unanimous
 from rollcast.comm.report import WorkerReport
+from rollcast.rollout.commands import Commands
 from rollcast.rollout.config import How, RolloutConfig
 from rollcast.rollout.errors import SyncError
 from rollcast.rollout.hardware import GpuWatch
 from rollcast.rollout.lanes import Lanes
-from rollcast.rollout.orders import Orders
 from rollcast.rollout.pool import Pool
 from rollcast.rollout.preflight import Card
 from rollcast.rollout.records import Reply
@@ -28,9 +28,10 @@ class PoolBroadcaster:
         broadcaster = job.broadcaster(model)
         report = broadcaster.sync(version=step + 1)      # on every trainer rank
 
-    The order is fixed: agree, receive everywhere, agree, then switch, caches and version. A sync that fails anywhere
-    raises `SyncError` on every trainer rank within `sync_timeout_s`; engines with torn weights refuse to generate, and
-    the next `sync` joins a new group and sends everything again.
+    The order is fixed: agree, receive everywhere, agree, commit everywhere (switch, caches, version), agree, hand out.
+    A sync that fails anywhere raises `SyncError` on every trainer rank within `sync_timeout_s`; engines whose weights
+    are not whole, or not everybody's, refuse to generate, and the next `sync` joins a new group and sends everything
+    again.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class PoolBroadcaster:
         self._host = host
         self._name = name
         self._attempt = 0
-        self._orders = Orders(pool, config=config, rank=rank)
+        self._agreed = False
+        self._commands = Commands(pool, config=config, rank=rank)
         self._lanes = Lanes(pool, agreement, source.manifest, config=config, rank=rank, cards=cards)
         self._broadcaster: WeightBroadcaster | None = None
         self.closed = False
@@ -102,18 +104,28 @@ class PoolBroadcaster:
         timer = PhaseTimer()
         with timer("plan"):
             self._agree_on_plan(version, how)
+        self._agreed = False
         try:
             workers = self._carry_out(version, how, timer)
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                # Of what has failed they have heard. Else they would hold back what they make for ever.
-                self._lanes.close()
-                self._orders.abandon(f"the trainer gave it up: {type(error).__name__}")
+        except SyncError:
             raise
-        self.version = version
+        except BaseException as error:
+            # Else the engines would hold back what they make for ever.
+            self._end_early(type(error).__name__)
+            raise
         report = SyncReport.of(version, self._source.manifest.nbytes, timer, workers)
         self._pool.metrics.synced(report)
         return report
+
+    def _end_early(self, why: str) -> None:
+        """Something has come between this rank and the end of a sync. The engines are told what was agreed on."""
+        if self._agreed:
+            self._commands.settle()
+            return
+        try:
+            self._lanes.close()
+        finally:
+            self._commands.abandon(f"trainer rank {self._rank} gave it up: {why}")
 
     def _carry_out(self, version: int, how: How, timer: PhaseTimer) -> list[WorkerReport]:
         """Send, agree and commit: what the workers say of it."""
@@ -127,7 +139,7 @@ class PoolBroadcaster:
                 broadcaster = self._open(deadline)
             plan, groups = self._lanes.plan, [*self._lanes.groups.values()]
             assert plan is not None
-            failure = self._orders.receive(receiving, version, how, plan=plan, groups=groups, deadline=deadline)
+            failure = self._commands.receive(receiving, version, how, plan=plan, groups=groups, deadline=deadline)
             for again in (False, True)[: 2 if how.verify == "full" else 1]:
                 sent = self._send(broadcaster, deadline, timer, checksums=how.verify != "none" and not again)
                 failure = failure or sent
@@ -199,13 +211,14 @@ class PoolBroadcaster:
         """Agree on the outcome; commit it, or raise the same `SyncError` on every rank."""
         try:
             words = self._decide("sent", words_of(error, receiving, timeout_s=self._config.sync_timeout_s), end)
-            if not words and not self._orders.alone:
-                words = self._decide("committed", self._orders.commit(version, end), end)
+            if not words and not self._commands.alone:
+                words = self._decide("committed", self._commands.commit(version, end), end)
         except TimeoutError as late:
             words = str(late)
         if words:
             self._pool.metrics.failed()
             self._lanes.close()
-            self._orders.abandon(words)
+            self._commands.abandon(words)
             raise SyncError(f"sync of version {version} failed: {words}") from error
-        self._orders.settle()
+        self.version, self._agreed = version, True
+        self._commands.settle()

@@ -32,7 +32,7 @@ class TellVersions:
             return
         told = Told()
         TOLD.set(told)
-        answer = _Answer(told, send)
+        answer = _Answer(told, send, generates=scope["method"] == "POST")
         try:
             await self._app(scope, receive, answer.send)
         except Exception:
@@ -46,9 +46,10 @@ class TellVersions:
 class _Answer:
     """A response on its way out. Its head waits for the body, which says what belongs in it."""
 
-    def __init__(self, told: Told, send: Send) -> None:
+    def __init__(self, told: Told, send: Send, *, generates: bool) -> None:
         self._told = told
         self._send = send
+        self._generates = generates
         self._head: Message | None = None
         self._kind = ""
         self._body = b""
@@ -88,7 +89,8 @@ class _Answer:
     async def _send_piece(self, message: Message) -> None:
         """Events go as they come, from the first token on, and so does what is none of ours."""
         self._body += message.get("body", b"")
-        if self._kind == EVENTS and self._told.version is None and message.get("more_body"):
+        early = self._kind == EVENTS and self._generates and self._told.version is None
+        if early and message.get("more_body"):
             return
         if not self.begun:
             await self._send_head({})

@@ -23,7 +23,7 @@ class State(Enum):
     SERVING --receive--> HOLDING --commit--> COMMITTED       (shadow: the new weights wait beside the old)
                          HOLDING --abandon--> SERVING
     COMMITTED --settle--> SERVING                            (everybody has the version)
-    COMMITTED --abandon--> TORN                              (somebody has not: it may come again, with other weights)
+    COMMITTED --abandon--> TORN                              (given up: it may come again, with other weights)
     """
 
     SERVING = "serving"
@@ -36,9 +36,9 @@ class State(Enum):
 class Updates:
     """Takes an engine from one version to the next.
 
-    Between `receive` and `settle` nothing is handed out, so that a version is of the same weights wherever it is seen;
-    an engine alone need not wait for others. After a failure vLLM is paused and requests are refused instead of served
-    with torn weights.
+    Between `receive` and `settle` nothing is handed out, so that a version is of the same weights wherever it is seen.
+    (An engine alone hands out from `commit` on: its answer travels ahead of what it makes.) After a failure requests
+    are refused instead of served with weights that are torn, or not everybody's.
     """
 
     def __init__(
@@ -108,14 +108,13 @@ class Updates:
             )
         if request.unchanged and self._requests.slots:
             raise EngineError(f"engine {self._index} has no adapter in its checkpoint to test: use sync(verify='full')")
-        if request.mode == "shadow" and self._state is State.TORN:
-            raise EngineError(f"engine {self._index} has no weights to serve meanwhile: sync in place after a failure")
 
     async def _receive(self, request: Receive) -> list[dict[str, float]]:
         """Let the workers receive: into the live weights, torn until `commit`, or beside them while they decode."""
         slot = self._requests.slot_of(request.version)
         arguments: list[Any] = [request.version, request.digests, slot, request.verify]
-        if request.mode == "shadow":
+        # Torn, there is nothing to serve meanwhile.
+        if request.mode == "shadow" and self._state is not State.TORN:
             outcomes = await self._workers.ring("rollcast_receive_aside", *arguments, request.timeout_s)
             self._state = State.HOLDING
         else:
@@ -185,7 +184,7 @@ class Updates:
             self._requests.release()
 
     async def abandon(self, text: str) -> None:
-        """The sync failed somewhere. Untouched weights serve on; torn ones never do."""
+        """The sync failed somewhere. Untouched weights serve on; torn ones, or those of this sync, never do."""
         if self._changing is not None and not self._changing.done() and self._state in (State.SERVING, State.HOLDING):
             # Still pausing, or receiving beside: it must not go on after this.
             self._changing.cancel()
@@ -195,7 +194,10 @@ class Updates:
             self._requests.release()
             await self._scheduling.resume()
             return
-        held = "weights that others have not" if self._state is State.COMMITTED else "torn weights"
+        if self._state is State.TORN:
+            # It did not come as far as this engine, which has said before why it refuses.
+            return
+        held = "weights that were given up" if self._state is State.COMMITTED else "torn weights"
         self._state = State.TORN
         # Nobody may find the keys that these weights have made.
         self._requests.salt += 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 def share_of(gpus: Sequence[str], *, worker: int, workers: int) -> list[str]:
     """As many for each of the `workers`, of its own. Raises `ValueError` when there are not enough.
 
-    A worker that replaces one that has crashed has a higher number, and takes its place.
+    A worker that replaces one that has crashed has a higher number: it may share another's.
     """
     size = len(gpus) // workers
     if not size:

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from rollcast.launch.agreement import Agreement, judge
+from rollcast.launch.agreement import LogprobGap, judge
 from rollcast.launch.errors import AgreementError
 from rollcast.launch.parallel import Trainers
 
 ENGINES = 8
 
 
-def look(by_engine: dict[int, list[float]], *, tolerance: float = 1e-3) -> Agreement:
+def look(by_engine: dict[int, list[float]], *, tolerance: float = 1e-3) -> LogprobGap:
     differences = [difference for its in by_engine.values() for difference in its]
     owners = [engine for engine, its in by_engine.items() for _ in its]
     return judge(
@@ -38,11 +38,17 @@ def test_one_engine_that_is_behind_does_not_vanish_among_many() -> None:
         look(by_engine)
 
 
+def test_one_token_of_few_may_be_the_one_that_differs_much() -> None:
+    assert look({0: [1e-4] * 100, 3: [1e-4, 2e-2, 1e-4, 1e-4]}).mean_diff == pytest.approx(5.075e-3)
+    with pytest.raises(AgreementError, match="engine 3 "):
+        look({0: [1e-4] * 100, 3: [2e-2] * 4})
+
+
 def test_what_is_no_number_agrees_with_nothing() -> None:
     with pytest.raises(AgreementError, match="engine 1 "):
         look({0: [0.0], 1: [0.0, math.inf]}, tolerance=math.inf)
 
 
 def test_engines_without_a_token_say_nothing() -> None:
-    assert look({}) == Agreement(None, None)
-    assert look({7: [0.0]}) == Agreement(0.0, 0.0)
+    assert look({}) == LogprobGap(None, None)
+    assert look({7: [0.0]}) == LogprobGap(0.0, 0.0)

@@ -1,25 +1,27 @@
 """A sample on its way, made of what vLLM hands out."""
 
+from typing import Any
+
 import pytest
-from vllm.logprobs import FlatLogprobs, Logprob
-from vllm.outputs import CompletionOutput, RequestOutput
 
 from rollcast.rollout.drafts import Draft, Switch
 from rollcast.rollout.records import Sampling
 
+logprobs = pytest.importorskip("vllm.logprobs")
+outputs = pytest.importorskip("vllm.outputs")
 START = [Switch(3, {})]
 
 
-def flat(*positions: dict[int, float] | None) -> FlatLogprobs:
+def flat(*positions: dict[int, float] | None) -> Any:
     """One position a dict; its own token first."""
-    made = FlatLogprobs()
+    made = logprobs.FlatLogprobs()
     for position in positions:
-        made.append({token: Logprob(logprob) for token, logprob in (position or {}).items()})
+        made.append({token: logprobs.Logprob(logprob) for token, logprob in (position or {}).items()})
     return made
 
 
-def output(tokens: list[int], logprobs: FlatLogprobs, finish_reason: str | None = None) -> CompletionOutput:
-    return CompletionOutput(0, "", tokens, None, logprobs, finish_reason=finish_reason)
+def output(tokens: list[int], found: Any, finish_reason: str | None = None) -> Any:
+    return outputs.CompletionOutput(0, "", tokens, None, found, finish_reason=finish_reason)
 
 
 def draft() -> Draft:
@@ -54,5 +56,5 @@ def test_a_token_without_a_log_probability_is_no_completion() -> None:
 def test_the_first_token_of_a_prompt_has_no_log_probability() -> None:
     its = draft()
     prompt_logprobs = flat(None, {2: -1.0}, {3: -0.25, 5: -0.1}, {7: -9.0})
-    its.take_prompt(RequestOutput("request", None, its.prompt, prompt_logprobs, [], finished=False))
+    its.take_prompt(outputs.RequestOutput("request", None, its.prompt, prompt_logprobs, [], finished=False))
     assert its.prompt_logprobs == [None, -1.0, -0.25]

@@ -107,8 +107,8 @@ def test_the_main_job_learns_on_gpus(tmp_path: Path) -> None:
     report = run_grpo(tmp_path)
     rewards = [step["reward"] for step in report["steps"]]
     assert sum(rewards[-5:]) / 5 > 0.9
-    # TF32 in vLLM's attention: single tokens differ by more, weights of one version before by 4e-3.
-    assert max(step["logprob_mean_diff"] for step in report["steps"]) <= 1e-3
+    # TF32 in vLLM's attention: single tokens differ by more, weights of one version before by 4e-3 on average.
+    assert max(step["logprob_mean_diff"] for step in report["steps"]) <= 5e-4
 
 
 @needs_gpus(2)

@@ -66,7 +66,7 @@ def samples(model: nn.Module) -> list[Sample]:
     made: list[Sample] = []
     for index, (prompt, completion) in enumerate([(1, 1), (3, 5), (6, 2), (2, 8), (5, 3)]):
         ids = torch.randint(1, VOCABULARY, (prompt + completion,)).tolist()
-        own = [token.logprob.item() for token in oracle(model, [Sample(ids[:prompt], ids[prompt:], [], 0.0, 0)])]
+        own = [token.logprob.item() for token in oracle(model, [Sample(ids[:prompt], ids[prompt:], [], 0.0, 0, 0)])]
         noise = (torch.randn(completion) * 0.4).tolist()
         engine = [logprob + offset for logprob, offset in zip(own, noise, strict=True)]
         advantage = (-1.3, 0.7, 2.0, -0.4, 1.1)[index]

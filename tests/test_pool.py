@@ -96,6 +96,23 @@ def test_every_prompt_is_answered_in_its_place(pool: Pool, peers: list[Peer]) ->
     assert sorted(len(prompt) for peer in peers for prompt in peer.prompts) == [1, 2, 3, 4, 5]
 
 
+def test_n_is_the_calls_own_or_the_samplings(pool: Pool, peers: list[Peer]) -> None:
+    pool.generate([[1]], Sampling(n=2))
+    pool.generate([[1]], Sampling(n=2), n=5)
+    pool.submit([1], Sampling(), n=3).result(SOON_S)
+    seen = [request for peer in peers for request in peer.seen if isinstance(request, Generate)]
+    assert sorted(request.sampling.n for request in seen) == [2, 3, 5]
+
+
+@pytest.mark.parametrize("bad", [{"n": 0}, {"n": -1}, {"max_tokens": 0}])
+def test_less_than_one_sample_or_token_is_refused(pool: Pool, bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="n and max_tokens must be at least 1"):
+        Sampling(**bad)  # pyright: ignore[reportArgumentType]
+    if "n" in bad:
+        with pytest.raises(ValueError, match="n and max_tokens must be at least 1"):
+            pool.generate([[1]], Sampling(), n=bad["n"])
+
+
 def test_requests_and_tokens_are_counted_by_engine(pool: Pool) -> None:
     silent = pool.submit([7], Sampling(max_tokens=5))
     pool.generate([[1] * 3, [1] * 4], Sampling(max_tokens=5))

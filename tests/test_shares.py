@@ -1,4 +1,4 @@
-"""GPUs of pytest-xdist's processes: no test may see another's."""
+"""GPUs of pytest-xdist's processes."""
 
 import pytest
 from shares import share_of

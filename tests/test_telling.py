@@ -34,14 +34,14 @@ class App:
             raise self.raises
 
 
-def answer(app: App) -> tuple[int, dict[bytes, bytes], list[bytes]]:
+def answer(app: App, method: str = "POST") -> tuple[int, dict[bytes, bytes], list[bytes]]:
     """Status, headers and bodies, as the client gets them."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(TellVersions(app)({"type": "http"}, None, send))
+    asyncio.run(TellVersions(app)({"type": "http", "method": method}, None, send))
     head, *bodies = sent
     return head["status"], dict(head["headers"]), [its["body"] for its in bodies]
 
@@ -80,6 +80,11 @@ def test_events_that_come_before_the_first_token_wait_for_its_version() -> None:
     assert (status, heads[b"x-rollcast-version"], len(bodies)) == (200, b"5", 2)
     lines = [line for line in bodies[0].decode().splitlines() if line]
     assert [json.loads(line[6:]).get("policy_version") for line in lines] == [5, 5, 5]
+
+
+def test_events_of_what_another_request_makes_wait_for_nothing() -> None:
+    _, heads, bodies = answer(App(({}, b"data: {}\n\n"), ({}, b"data: [DONE]\n\n"), headers=[EVENTS]), "GET")
+    assert bodies == [b"data: {}\n\n", b"data: [DONE]\n\n"] and b"x-rollcast-version" not in heads
 
 
 def test_events_without_a_token_come_at_the_end() -> None:

@@ -12,18 +12,19 @@ from typing import Any
 
 from models import build, perturb
 from oracle import distances, said
+from slow_worker import SlowWorker
 
 import rollcast.rollout as rollcast
-from rollcast.rollout.extension import RollcastWorker
 
 # Long enough for the other engine to commit, and to make what is asked of it.
 STUMBLE_S = 4.0
+STEP_S = 0.005
 LONG = rollcast.Sampling(max_tokens=300, ignore_eos=True)
 SHORT = rollcast.Sampling(max_tokens=8, ignore_eos=True)
 PROMPTS = [[5 + index, 6, 7, 8] * 12 for index in range(4)]
 
 
-class StumblingWorker(RollcastWorker):
+class StumblingWorker(SlowWorker):
     """Fails at the switch to weights received aside, late, when told to."""
 
     def pid(self) -> int:
@@ -63,6 +64,7 @@ def facts(job: rollcast.Job) -> dict[str, Any]:
     broadcaster.sync(version=1)
     found: dict[str, Any] = {"before": served(job, model)}
     perturb(model, seed=1)
+    job.pool.call_workers("slow_down", STEP_S)
     job.pool.call_workers("stumble", job.pool.call_workers("pid")[1][0])
     running = [job.pool.submit(prompt, LONG) for prompt in PROMPTS]
     found["half committed"] = said(lambda: broadcaster.sync(version=2, mode="shadow"))
@@ -70,12 +72,15 @@ def facts(job: rollcast.Job) -> dict[str, Any]:
     found["versions"] = [its.version for its in job.pool.describe()]
     found["asked"] = refusals(job)
     perturb(model, seed=2)
-    broadcaster.sync(version=2)
+    # Engine 0 has nothing to serve meanwhile.
+    broadcaster.sync(version=2, mode="shadow")
     found["mended"] = served(job, model)
     interrupt(broadcaster)
     found["interrupted"] = refusals(job)
     broadcaster.sync(version=3)
     found["resumed"] = served(job, model)
+    interrupt_late(broadcaster)
+    found["late"] = [broadcaster.version, *served(job, model)]
     return found
 
 
@@ -103,6 +108,22 @@ def interrupt(broadcaster: Any) -> None:
     sender.send = send
     try:
         broadcaster.sync(version=3)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("nobody was interrupted")
+
+
+def interrupt_late(broadcaster: Any) -> None:
+    """The same when all engines have committed, and before one of them hears of it."""
+    commands = broadcaster._commands
+
+    def settle() -> None:
+        del commands.settle
+        raise KeyboardInterrupt
+
+    commands.settle = settle
+    try:
+        broadcaster.sync(version=4)
     except KeyboardInterrupt:
         return
     raise AssertionError("nobody was interrupted")

@@ -12,7 +12,7 @@ from rollcast.rollout.records import Abandon, Commit, Receive, Reply, Request, S
 from rollcast.rollout.replies import WORDS_SHARE
 
 
-class Orders:
+class Commands:
     """Requests of one rank's broadcaster, to every engine of its pool."""
 
     def __init__(self, pool: Pool, *, config: RolloutConfig, rank: int) -> None:
