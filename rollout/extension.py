@@ -71,7 +71,7 @@ class RollcastWorker(SyncedWorker):
         self.rollcast_gate = Gate(worker)
         self.rollcast_bell = Bell(address, rank=worker.rank, workers=workers, run=self.rollcast_outcome)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        # What start-up has made stays. To look through it again would stop a step for 0.2 s. (On GPUs vLLM does this.)
+        # What start-up has made stays. To look through it again would stop a step for 0.4 s. (On GPUs vLLM does this.)
         gc.collect()
         gc.freeze()
 
