@@ -14,9 +14,7 @@ import torch
 from latency_models import manifest_of, write_config
 from latency_spec import JobSpec, Line, read
 from latency_stats import Row
-from machine_card import HERE, cpu_card, gpu_card, job_environ
-
-from rollcast.rollout.preflight import usable_gpus
+from machine_card import HERE, job_environ, machine_card, torchrun
 
 RANKS = 2
 START_S = 240.0
@@ -61,7 +59,7 @@ class Runner:
         self.told_to_end = False
         """Whether somebody has lost patience: what is known by then is the result."""
         signal.signal(signal.SIGTERM, self._end)
-        self.machine: dict[str, Any] = cpu_card() | (gpu_card(usable_gpus()[:RANKS]) if on_gpus else {})
+        self.machine: dict[str, Any] = machine_card(gpus=RANKS if on_gpus else 0)
 
     def run(self, model: str, *, ceilings: bool) -> Found:
         """Measure one model. Every method has a row in the end, if only to say why it has no numbers."""
@@ -107,10 +105,9 @@ class Runner:
 
     def _start(self, folder: Path, *, timeout_s: float) -> str:
         """Run the job to its end; how it ended."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
         # Standard output is for the document.
         process = subprocess.Popen(
-            [*command, str(HERE / "latency_job.py"), str(folder / "spec.json")],
+            torchrun(HERE / "latency_job.py", str(folder / "spec.json"), ranks=RANKS),
             stdout=sys.stderr,
             env=job_environ(),
             cwd=folder,

@@ -4,10 +4,18 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+
+
+def machine_card(*, gpus: int) -> dict[str, Any]:
+    """This machine, and the first so many of its GPUs."""
+    from rollcast.rollout.preflight import usable_gpus
+
+    return cpu_card() | (gpu_card(usable_gpus()[:gpus]) if gpus else {})
 
 
 def cpu_card() -> dict[str, Any]:
@@ -39,16 +47,19 @@ def versions() -> dict[str, str | None]:
     import torch
     from torch.cuda.nccl import version as nccl_version
 
-    from rollcast.rollout.preflight import installed_vllm
+    from rollcast.rollout import preflight
 
-    return {
+    return preflight.versions() | {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "vllm": installed_vllm(),
         "transformers": importlib.metadata.version("transformers"),
-        "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, nccl_version())) if torch.cuda.device_count() else None,
     }
+
+
+def torchrun(script: Path, *arguments: str, ranks: int) -> list[str]:
+    """The command of a job on this machine; see `job_environ`."""
+    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*job, str(script), *arguments]
 
 
 def job_environ() -> dict[str, str]:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,13 @@ class Load:
     eager: bool
     requests: int
     max_tokens: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))
 
     def prompts(self) -> list[list[int]]:
         """Token ids; all of a length."""
@@ -59,7 +66,7 @@ def other_side(load: Load) -> Iterator[OtherSide]:
 
     environ = {"VLLM_CPU_KVCACHE_SPACE": "1"} | without_torchrun(os.environ)
     with subprocess.Popen(
-        [sys.executable, __file__, json.dumps(asdict(load))],
+        [sys.executable, __file__, load.to_json()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={"VLLM_LOGGING_LEVEL": "ERROR"} | environ,
@@ -98,4 +105,4 @@ def serve(load: Load) -> None:
 
 
 if __name__ == "__main__":
-    serve(Load(**json.loads(sys.argv[1])))
+    serve(Load.from_json(sys.argv[1]))

@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from latency_models import SHAPES, write_config
-from machine_card import commit, cpu_card, gpu_card, job_environ, versions
+from machine_card import commit, job_environ, machine_card, torchrun, versions
 from pool_llm import Load, OtherSide, other_side
 
 TIMEOUT_S = 1800.0
@@ -32,12 +33,8 @@ Times = dict[str, list[float]]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; inside torchrun, the job's ranks."""
-    options = parse(sys.argv[1:] if argv is None else argv)
-    if "RANK" in os.environ:
-        run_rank(options)
-    else:
-        print(json.dumps(measure(options)), flush=True)
+    """The command."""
+    print(json.dumps(measure(parse(sys.argv[1:] if argv is None else argv))), flush=True)
     return 0
 
 
@@ -47,7 +44,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         write_config(options.shape, Path(name, "model"))
         times = [measure_pair(options, Path(name)) for _ in range(options.pairs)]
     command = f"python benchmarks/pool_overhead.py {' '.join(sys.argv[1:])}".strip()
-    document = {"machine": card(), "versions": versions(), "commit": commit(), "command": command}
+    machine = machine_card(gpus=2 if torch.cuda.device_count() else 0)
+    document = {"machine": machine, "versions": versions(), "commit": commit(), "command": command}
     document |= {"date": time.strftime("%Y-%m-%d")} | summary(times, options)
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
@@ -56,14 +54,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure_pair(options: argparse.Namespace, folder: Path) -> Times:
     """Start an engine of each side; seconds of the timed rounds. The job's processes end with it."""
-    counts = {name: str(getattr(options, name)) for name in ("requests", "max_tokens", "rounds")}
-    flags = [part for name, count in counts.items() for part in (f"--{name.replace('_', '-')}", count)]
-    flags += ["--dtype", str(SHAPES[options.shape].dtype).removeprefix("torch.")]
-    flags += ["--model", f"{folder}/model", "--out", f"{folder}/found.json", *["--eager"] * options.eager]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    load = Load(
+        model=f"{folder}/model",
+        dtype=str(SHAPES[options.shape].dtype).removeprefix("torch."),
+        eager=options.eager,
+        requests=options.requests,
+        max_tokens=options.max_tokens,
+    )
+    out = folder / "found.json"
+    command = torchrun(Path(__file__), load.to_json(), str(options.rounds), str(out), ranks=2)
     environ = {"VLLM_CPU_OMP_THREADS_BIND": worker_cores()} | job_environ()
-    subprocess.run([*torchrun, __file__, *flags], check=True, timeout=TIMEOUT_S, stdout=sys.stderr, env=environ)
-    return {side: seconds[1:] for side, seconds in json.loads(Path(folder, "found.json").read_text()).items()}
+    subprocess.run(command, check=True, timeout=TIMEOUT_S, stdout=sys.stderr, env=environ)
+    return {side: seconds[1:] for side, seconds in json.loads(out.read_text()).items()}
 
 
 def worker_cores() -> str:
@@ -72,48 +74,27 @@ def worker_cores() -> str:
     return ",".join(map(str, cores[1:] or cores))
 
 
-def card() -> dict[str, Any]:
-    import torch
-
-    from rollcast.rollout.preflight import usable_gpus
-
-    return cpu_card() | (gpu_card(usable_gpus()[:2]) if torch.cuda.device_count() else {})
-
-
-def load_of(options: argparse.Namespace) -> Load:
-    return Load(
-        model=options.model,
-        dtype=options.dtype,
-        eager=options.eager,
-        requests=options.requests,
-        max_tokens=options.max_tokens,
-    )
-
-
-def run_rank(options: argparse.Namespace) -> None:
+def run_rank(load: Load, rounds: int, out: Path) -> None:
     """Rank 0 times both sides in turn; rank 1 is the pool's engine."""
-    import torch
-
     import rollcast.rollout as rollcast
 
     shared = torch.cuda.device_count() == 1
     config = rollcast.RolloutConfig(
-        model=options.model,
+        model=load.model,
         load_format="dummy",
-        enforce_eager=options.eager,
+        enforce_eager=load.eager,
         gpu_memory_utilization=0.4,
         worker_extension_cls="pool_worker.PoolWorker",
         # The trainer needs no GPU here.
         colocate=shared,
     )
-    load = load_of(options)
     with contextlib.ExitStack() as stack:
         # Beside the pool's engine, unless both would count what is free on one GPU.
         early = stack.enter_context(other_side(load)) if os.environ["RANK"] == "0" and not shared else None
         job = stack.enter_context(rollcast.join(config))
         if job.is_trainer:
-            times = time_both(job, early or stack.enter_context(other_side(load)), load, rounds=options.rounds)
-            Path(options.out).write_text(json.dumps(times))
+            times = time_both(job, early or stack.enter_context(other_side(load)), load, rounds=rounds)
+            out.write_text(json.dumps(times))
 
 
 def time_both(job: Any, llm: OtherSide, load: Load, *, rounds: int) -> Times:
@@ -178,9 +159,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--pairs", type=int, default=3, metavar="N", help="engines of both sides, started one pair after the other (3)")
     add("--eager", action="store_true", help="engines without torch.compile and CUDA graphs")
     add("--json", type=Path, metavar="FILE", help="write the document to this file")
-    add("--dtype", help=argparse.SUPPRESS)
-    add("--model", help=argparse.SUPPRESS)
-    add("--out", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if min(options.requests, options.max_tokens, options.rounds, options.pairs) < 1:
         parser.error("--requests, --max-tokens, --rounds and --pairs must be at least 1")
@@ -188,4 +166,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if "RANK" in os.environ:
+        run_rank(Load.from_json(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        sys.exit(main())

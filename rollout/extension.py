@@ -5,7 +5,6 @@ runs, and every attribute must be new to the worker: hence the prefix. What a sy
 `receive_aside`, `apply`) is called by the worker's bell, on its thread, and is in `synced.py`; all else by vLLM.
 """
 
-import gc
 import logging
 import sys
 from dataclasses import asdict
@@ -71,9 +70,6 @@ class RollcastWorker(SyncedWorker):
         self.rollcast_gate = Gate(worker)
         self.rollcast_bell = Bell(address, rank=worker.rank, workers=workers, run=self.rollcast_outcome)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        # What start-up has made stays. To look through it again would stop a step for 0.4 s. (On GPUs vLLM does this.)
-        gc.collect()
-        gc.freeze()
 
     def rollcast_prepare(self, manifest: bytes) -> str:
         """Compile the landing plan; return its digest. Collective over the engine's workers.

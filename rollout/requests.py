@@ -130,7 +130,7 @@ class Requests:
             self._waiting.difference_update(tasks)
             del self._running[request.request_id]
         # The first sample's: they have one prompt.
-        shared: dict[str, Any] = {"prompt_logprobs": group[0].prompt_logprobs if group else None, "engine": self._index}
+        shared: dict[str, Any] = {"prompt_logprobs": group[0].prompt_logprobs, "engine": self._index}
         return [msgspec.structs.replace(each, **shared) for each in group]
 
     async def abort(self, request_ids: Iterable[str]) -> None:

@@ -75,11 +75,13 @@ def facts(job: rollcast.Job) -> dict[str, Any]:
     # Engine 0 has nothing to serve meanwhile.
     broadcaster.sync(version=2, mode="shadow")
     found["mended"] = served(job, model)
-    interrupt(broadcaster)
+    parts: Any = broadcaster
+    interrupt(broadcaster, version=3, owner=parts._broadcaster, method="send")
     found["interrupted"] = refusals(job)
     broadcaster.sync(version=3)
     found["resumed"] = served(job, model)
-    interrupt_late(broadcaster)
+    # All engines have committed, and none has heard of it.
+    interrupt(broadcaster, version=4, owner=parts._commands, method="settle")
     found["late"] = [broadcaster.version, *served(job, model)]
     return found
 
@@ -96,34 +98,17 @@ def served(job: rollcast.Job, model: Any) -> list[Any]:
     return [[its.engine, its.versions, distances(model, prompt, its).max().item()] for prompt, its in pairs]
 
 
-def interrupt(broadcaster: Any) -> None:
-    """As Ctrl-C in the middle of a sync, which somebody catches."""
-    sender = broadcaster._broadcaster
+def interrupt(broadcaster: Any, *, version: int, owner: Any, method: str) -> None:
+    """As Ctrl-C in a sync, which somebody catches: when it calls `method` of its part `owner`."""
 
-    def send(*_: Any, **__: Any) -> None:
-        del sender.send
+    def interrupted(*_: Any, **__: Any) -> None:
+        delattr(owner, method)
         time.sleep(0.5)
         raise KeyboardInterrupt
 
-    sender.send = send
+    setattr(owner, method, interrupted)
     try:
-        broadcaster.sync(version=3)
-    except KeyboardInterrupt:
-        return
-    raise AssertionError("nobody was interrupted")
-
-
-def interrupt_late(broadcaster: Any) -> None:
-    """The same when all engines have committed, and before one of them hears of it."""
-    commands = broadcaster._commands
-
-    def settle() -> None:
-        del commands.settle
-        raise KeyboardInterrupt
-
-    commands.settle = settle
-    try:
-        broadcaster.sync(version=4)
+        broadcaster.sync(version=version)
     except KeyboardInterrupt:
         return
     raise AssertionError("nobody was interrupted")
