@@ -11,10 +11,10 @@ from latency_memory import peak_bytes, settle
 from latency_spec import JobSpec
 
 from rollcast.comm import Deadline, Group, SyncReport, host_store, join_group
-from rollcast.comm.group import Work
+from rollcast.comm.transport.base import Work
 from rollcast.rollout import Job
-from rollcast.rollout.pool import expect
-from rollcast.rollout.records import Call, Called, Reply
+from rollcast.rollout.protocol.messages import Call, Called, Reply
+from rollcast.rollout.protocol.replies import expect
 
 RPC_TIMEOUT_S = 120.0
 HOST = "127.0.0.1"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rollcast.comm import Manifest, ParamSpec
-from rollcast.rollout.offline import checkpoint_manifest
+from rollcast.rollout.landing.offline import checkpoint_manifest
 
 STD = 0.02
 

@@ -8,9 +8,9 @@ from latency_facts import FactsWorker
 from latency_memory import peak_bytes, settle
 
 from rollcast.comm import Deadline, Group, join_group
-from rollcast.comm.region import flat_bytes
-from rollcast.rollout.extension import RollcastWorker
-from rollcast.rollout.hashes import hashes
+from rollcast.comm.plan.region import flat_bytes
+from rollcast.rollout.worker.extension import RollcastWorker
+from rollcast.rollout.worker.fingerprint import hashes
 
 
 class BenchWorker(FactsWorker, RollcastWorker):

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 def machine_card(*, gpus: int) -> dict[str, Any]:
     """This machine, and the first so many of its GPUs."""
-    from rollcast.rollout.preflight import usable_gpus
+    from rollcast.rollout.job.preflight import usable_gpus
 
     return cpu_card() | (gpu_card(usable_gpus()[:gpus]) if gpus else {})
 
@@ -47,7 +47,7 @@ def versions() -> dict[str, str | None]:
     import torch
     from torch.cuda.nccl import version as nccl_version
 
-    from rollcast.rollout import preflight
+    from rollcast.rollout.job import preflight
 
     return preflight.versions() | {
         "python": platform.python_version(),

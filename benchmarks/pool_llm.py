@@ -62,7 +62,7 @@ class OtherSide:
 @contextlib.contextmanager
 def other_side(load: Load) -> Iterator[OtherSide]:
     """Start it, with as many keys and values in memory as the pool's engine has."""
-    from rollcast.rollout.world import without_torchrun
+    from rollcast.rollout.job.world import without_torchrun
 
     environ = {"VLLM_CPU_KVCACHE_SPACE": "1"} | without_torchrun(os.environ)
     with subprocess.Popen(

@@ -2,7 +2,7 @@
 
 from latency_facts import FactsWorker
 
-from rollcast.rollout.extension import RollcastWorker
+from rollcast.rollout.worker.extension import RollcastWorker
 
 
 class PoolWorker(FactsWorker, RollcastWorker):

@@ -1,17 +1,17 @@
 """Moves model weights from trainer ranks to rollout workers. Needs torch; knows nothing of vLLM."""
 
-from rollcast.comm.adapter import open_source
-from rollcast.comm.broadcaster import WeightBroadcaster
-from rollcast.comm.buckets import Bucket, Message, Move
 from rollcast.comm.deadline import Deadline
-from rollcast.comm.group import Group, host_store, join_group
-from rollcast.comm.inbox import Landing, VerifyError
-from rollcast.comm.params import Manifest, ParamSpec
-from rollcast.comm.plan import Lane, TransferPlan, build_transfer, whole_moves
-from rollcast.comm.receiver import WeightReceiver
-from rollcast.comm.region import Region
+from rollcast.comm.plan.buckets import Bucket, Message, Move
+from rollcast.comm.plan.manifest import Manifest, ParamSpec
+from rollcast.comm.plan.region import Region
+from rollcast.comm.plan.transfer import Lane, TransferPlan, build_transfer, whole_moves
 from rollcast.comm.report import PhaseTimer, SyncReport
-from rollcast.comm.source import WeightSource
+from rollcast.comm.transfer.broadcaster import WeightBroadcaster
+from rollcast.comm.transfer.inbox import Landing, VerifyError
+from rollcast.comm.transfer.lora_source import open_source
+from rollcast.comm.transfer.receiver import WeightReceiver
+from rollcast.comm.transfer.source import WeightSource
+from rollcast.comm.transport.base import Group, host_store, join_group
 
 __all__ = [
     "Bucket",

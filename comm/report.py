@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rollcast.comm.gpus import GpuReport
+from rollcast.comm.device.nvml import GpuReport
 
 
 class PhaseTimer:

@@ -18,6 +18,8 @@ SYNC_MODES = ("in_place", "shadow")
 TRANSPORTS = ("auto", "nccl", "ipc")
 VERIFY_MODES = ("none", "checksum", "full")
 CPU_WEIGHTS = ("packed", "plain")
+# How the setting reaches the workers: vLLM offers no way to hand them one before they load the model.
+CPU_WEIGHTS_VARIABLE = "ROLLCAST_CPU_WEIGHTS"
 POSITIVE = (
     "trainers",
     "tensor_parallel_size",
@@ -101,7 +103,7 @@ class RolloutConfig:
     stay with the one that they started with for N - 1 syncs, and then go over to the newest."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """More fields of vLLM's `AsyncEngineArgs`; JSON values only."""
-    worker_extension_cls: str = "rollcast.rollout.extension.RollcastWorker"
+    worker_extension_cls: str = "rollcast.rollout.worker.RollcastWorker"
     """Replace by a subclass to add methods to the workers. Must be importable in the engine's processes."""
     pause_mode: str = "keep"
     """What a sync does to requests in flight. "keep" goes on with them, "wait" lets them finish before, "abort" takes

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from rollcast.launch.task import CHARACTERS
-from rollcast.launch.tiny import write_tiny_model
+from rollcast.launch.grpo.task import CHARACTERS
+from rollcast.launch.grpo.tiny_model import write_tiny_model
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}>{% endfor %}"
 

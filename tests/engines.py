@@ -23,13 +23,13 @@ from rollcast.comm import (
     host_store,
     join_group,
 )
-from rollcast.comm.agree import Agreement
-from rollcast.comm.buckets import fill_buckets
+from rollcast.comm.agreement import Agreement
+from rollcast.comm.plan.buckets import fill_buckets
 from rollcast.rollout import RolloutConfig
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.landing import LandingPlan
-from rollcast.rollout.metrics import Metrics
-from rollcast.rollout.records import (
+from rollcast.rollout.landing.plan import LandingPlan
+from rollcast.rollout.pool.metrics import Metrics
+from rollcast.rollout.protocol.messages import (
     Abandon,
     Commit,
     DescribeLanding,
@@ -44,8 +44,8 @@ from rollcast.rollout.records import (
     Settle,
     WorkerTimes,
 )
-from rollcast.rollout.replies import collect
-from rollcast.rollout.sync import PoolBroadcaster
+from rollcast.rollout.protocol.replies import collect
+from rollcast.rollout.sync.broadcaster import PoolBroadcaster
 
 
 class Worker:

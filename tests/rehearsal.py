@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from rollcast.comm.agree import Agreement
+from rollcast.comm.agreement import Agreement
 from rollcast.rollout import Mode, Orchestrator, Outcome
 
 LONG_S = 30.0

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from rollcast.comm import WeightSource, open_source
-from rollcast.comm.adapter import AdapterSource, MergedSource
+from rollcast.comm.transfer.lora_source import AdapterSource, MergedSource
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "alpha": {},

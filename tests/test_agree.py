@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from rollcast.comm import Deadline, agree, host_store, join_group
-from rollcast.comm.agree import Agreement, first_error
+from rollcast.comm import Deadline, agreement, host_store, join_group
+from rollcast.comm.agreement import Agreement, first_error
 
 SIZE = 3
 LONG_S = 30.0
@@ -42,7 +42,7 @@ class Ranks:
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    monkeypatch.setattr(agree, "MARGIN_S", 0.2)
+    monkeypatch.setattr(agreement, "MARGIN_S", 0.2)
     made = Ranks()
     yield made
     made.threads.shutdown()

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from rollcast.launch.agreement import LogprobGap, judge
-from rollcast.launch.errors import AgreementError
-from rollcast.launch.parallel import Trainers
+from rollcast.launch.grpo.errors import AgreementError
+from rollcast.launch.grpo.logprob_check import LogprobGap, judge
+from rollcast.launch.grpo.parallel import Trainers
 
 ENGINES = 8
 

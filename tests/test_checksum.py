@@ -11,7 +11,7 @@ from ranks import LONG_S, Memory, Ranks, Tapped, raw, receive, send
 from sides import Sides, large_source
 
 from rollcast.comm import Deadline, PhaseTimer, VerifyError, WeightSource, whole_moves
-from rollcast.comm.checksum import CHUNK_WORDS, WORD_BYTES, _words, checksum
+from rollcast.comm.device.checksum import CHUNK_WORDS, WORD_BYTES, _words, checksum
 
 CHUNK_BYTES = CHUNK_WORDS * WORD_BYTES
 LENGTHS = [*range(18), 31, 64, 100, 1000, 1023, 4099]
@@ -51,7 +51,7 @@ def test_later_chunks_go_on_counting(monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks of 4 words the hash is what it is in one."""
     data = random_bytes(1000)
     expected = value(data)
-    monkeypatch.setattr("rollcast.comm.checksum.CHUNK_WORDS", 4)
+    monkeypatch.setattr("rollcast.comm.device.checksum.CHUNK_WORDS", 4)
     assert value(data) == expected == by_hand(bytes(data.tolist()))
 
 

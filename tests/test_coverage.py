@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rollcast.comm import Region
-from rollcast.rollout.coverage import Elements, coverage
+from rollcast.rollout.landing.coverage import Elements, coverage
 
 SIZE = 60
 WHOLE = Region.whole((SIZE,), torch.float32)

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from rollcast.rollout.drafts import Draft, Switch
-from rollcast.rollout.records import Sampling
+from rollcast.rollout.engine.samples import Draft, Switch
+from rollcast.rollout.protocol.sampling import Sampling
 
 logprobs = pytest.importorskip("vllm.logprobs")
 outputs = pytest.importorskip("vllm.outputs")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rollcast.comm import Deadline
-from rollcast.rollout.bells import Bell, Bells
-from rollcast.rollout.gate import Gate
+from rollcast.rollout.protocol.worker_channel import Bell, Bells
+from rollcast.rollout.worker.step_gate import Gate
 
 STEP_S = 0.002
 

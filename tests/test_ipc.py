@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from rollcast.comm import Deadline, host_store, join_group
-from rollcast.comm.cuda import Allocation
-from rollcast.comm.group import Parcel
+from rollcast.comm.transport.base import Parcel
+from rollcast.comm.transport.cuda_event import Allocation
 
 CPU = torch.device("cpu")
 PAGE = 1 << 12
-MODULES = ("rollcast.comm.ipc", "rollcast.comm.offers")
+MODULES = ("rollcast.comm.transport.ipc", "rollcast.comm.transport.ipc_memory")
 
 
 class Runtime:
@@ -65,9 +65,11 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
         monkeypatch.setitem(sys.modules, name, module)
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    ipc = importlib.import_module("rollcast.comm.ipc")
-    monkeypatch.setattr(sys.modules["rollcast.comm.offers"], "allocation", fake.allocation)
-    monkeypatch.setattr(sys.modules["rollcast.comm.offers"], "allocation_number", lambda address: fake.number)
+    ipc = importlib.import_module("rollcast.comm.transport.ipc")
+    monkeypatch.setattr(sys.modules["rollcast.comm.transport.ipc_memory"], "allocation", fake.allocation)
+    monkeypatch.setattr(
+        sys.modules["rollcast.comm.transport.ipc_memory"], "allocation_number", lambda address: fake.number
+    )
     monkeypatch.setattr(ipc, "gpu_uuid", lambda device: f"GPU-{device}")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())

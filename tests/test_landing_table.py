@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from architectures import build
 
-from rollcast.rollout.offline import checkpoint_manifest
-from rollcast.rollout.table import main, size_text
+from rollcast.rollout.landing.__main__ import main, size_text
+from rollcast.rollout.landing.offline import checkpoint_manifest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 

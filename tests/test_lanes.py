@@ -14,7 +14,7 @@ from sides import check_same_bytes, within
 
 from rollcast.comm import SyncReport
 from rollcast.rollout import SyncError
-from rollcast.rollout.records import Abandon, Commit, JoinGroup, Receive, Settle
+from rollcast.rollout.protocol.messages import Abandon, Commit, JoinGroup, Receive, Settle
 
 pytestmark = pytest.mark.timeout(120)
 # Much less than the deadline. Where the resolver is slow, a connection to a store can take 5 s.

@@ -29,7 +29,7 @@ for name in sys.argv[1:split]:
 
 @pytest.mark.parametrize(
     ("modules", "forbidden"),
-    [("comm/*.py", FORBIDDEN["comm"]), ("rollout/__init__.py", ("vllm", *FORBIDDEN["rollout"]))],
+    [("comm/**/*.py", FORBIDDEN["comm"]), ("rollout/__init__.py", ("vllm", *FORBIDDEN["rollout"]))],
 )
 def test_importing_loads_no_upper_layer(modules: str, forbidden: tuple[str, ...], tmp_path: Path) -> None:
     names = [module_name(path) for path in sorted(ROOT.glob(modules))]

@@ -8,7 +8,7 @@ from ranks import LONG_S, Ranks, Tapped, WatchedSource, receive, send
 from sides import Sides, check_same_bytes, every_kind, large_source, within
 
 from rollcast.comm import Deadline, WeightSource, whole_moves
-from rollcast.comm.gloo import GlooWork
+from rollcast.comm.transport.gloo import GlooWork
 
 SHORT_S = 4.0
 

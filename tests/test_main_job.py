@@ -8,7 +8,7 @@ import pytest
 from models import build
 from torchrun import JOBS, Finished, run_job
 
-from rollcast.launch.tiny import character_tokenizer
+from rollcast.launch.grpo.tiny_model import character_tokenizer
 
 # Of a step, what tokens and weights decide.
 SAME = ("reward", "logprob_mean_diff", "logprob_max_diff", "loss", "tokens")

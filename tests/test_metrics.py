@@ -5,8 +5,8 @@ import urllib.request
 from prometheus_client.parser import text_string_to_metric_families
 
 from rollcast.comm import SyncReport
-from rollcast.rollout.completions import Completion
-from rollcast.rollout.metrics import Metrics
+from rollcast.rollout.pool.metrics import Metrics
+from rollcast.rollout.protocol.sampling import Completion
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:

@@ -12,7 +12,7 @@ from torchrun import run_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollcast.rollout import PreflightError, RolloutConfig
-from rollcast.rollout.openai_door import server_args
+from rollcast.rollout.engine.openai.server import server_args
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rollcast.launch import grpo
-from rollcast.launch.options import HELP, GrpoConfig, parse
-from rollcast.launch.task import Task, import_reward, load_task, read_prompts
-from rollcast.rollout.world import without_torchrun
+from rollcast.launch.grpo import __main__ as grpo
+from rollcast.launch.grpo.options import HELP, GrpoConfig, parse
+from rollcast.launch.grpo.task import Task, import_reward, load_task, read_prompts
+from rollcast.rollout.job.world import without_torchrun
 
 FLAGS = ["--" + field.name.replace("_", "-") for field in fields(GrpoConfig)]
 

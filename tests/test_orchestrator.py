@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from rehearsal import LONG_S, Made, Rehearsal, generating
 
-from rollcast.comm import agree
-from rollcast.rollout import Mode, OrchestratorError, Outcome, async_, background, on_policy, one_step_off
+from rollcast.comm import agreement
+from rollcast.rollout import Mode, OrchestratorError, Outcome, async_, on_policy, one_step_off
+from rollcast.rollout.orchestrator import generation
 
 MODES = [
     on_policy(),
@@ -24,7 +25,7 @@ SOON_S = 5.0
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(agree, "MARGIN_S", 0.2)
+    monkeypatch.setattr(agreement, "MARGIN_S", 0.2)
     yield
     assert generating() == []
 
@@ -168,7 +169,7 @@ def test_ctrl_c_ends_the_run(where: str) -> None:
 def test_a_call_that_cannot_be_ended_is_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(background, "LEAVE_S", 0.2)
+    monkeypatch.setattr(generation, "LEAVE_S", 0.2)
     job, stuck = Rehearsal(1), threading.Event()
 
     def generate(rank: int, batch: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 from timeline import Timeline
 
 from rollcast.rollout import Mode, OrchestratorError, async_, on_policy, one_step_off
-from rollcast.rollout.phases import (
+from rollcast.rollout.orchestrator.schedule import (
     TABLE,
     Begun,
     Generate,

@@ -18,7 +18,7 @@ from rollcast.comm import (
     build_transfer,
     whole_moves,
 )
-from rollcast.comm.plan import walk_order
+from rollcast.comm.plan.transfer import walk_order
 
 F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
 BASE = (("a", (4, 100), F32), ("c", (8,), I8))

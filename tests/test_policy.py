@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rollcast.launch.policy import (
+from rollcast.launch.grpo.policy import (
     Batch,
     Sample,
     clipped_loss,

@@ -15,10 +15,11 @@ import pytest
 from torch import distributed as dist
 
 from rollcast.rollout import EngineError, Sampling
-from rollcast.rollout.frames import ID_BYTES
-from rollcast.rollout.pool import Pool
-from rollcast.rollout.records import Abort, Completion, Describe, Failed, Generate, Generated, Piece, Reply, Request
-from rollcast.rollout.roster import Roster
+from rollcast.rollout.pool.pool import Pool
+from rollcast.rollout.protocol.connection import ID_BYTES
+from rollcast.rollout.protocol.messages import Abort, Describe, Failed, Generate, Generated, Reply, Request
+from rollcast.rollout.protocol.registry import Roster
+from rollcast.rollout.protocol.sampling import Completion, Piece
 
 SOON_S = 5.0
 

@@ -7,7 +7,7 @@ import pytest
 from models import build
 from torchrun import run_facts
 
-from rollcast.rollout.routing import BLOCK_TOKENS, Router
+from rollcast.rollout.pool.router import BLOCK_TOKENS, Router
 
 LONG = 300
 KV_BLOCK_TOKENS = 32

@@ -11,8 +11,8 @@ import torch
 from torch import distributed as dist
 
 from rollcast.rollout import PreflightError, RolloutConfig
-from rollcast.rollout.preflight import Card, check_cards, check_prompts, check_vllm, preflight, select_visible
-from rollcast.rollout.world import World, without_torchrun
+from rollcast.rollout.job.preflight import Card, check_cards, check_prompts, check_vllm, preflight, select_visible
+from rollcast.rollout.job.world import World, without_torchrun
 
 UUIDS = ["GPU-aaaa-0", "GPU-aabb-1", "GPU-cccc-2", "GPU-dddd-3"]
 

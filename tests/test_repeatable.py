@@ -7,10 +7,10 @@ import pytest
 from models import build
 from torchrun import run_facts_of_trainers
 
-from rollcast.launch.options import parse
+from rollcast.launch.grpo.options import parse
 from rollcast.rollout import PreflightError, RolloutConfig, Sampling
-from rollcast.rollout.repeatable import Repeatable
-from rollcast.rollout.routing import Router
+from rollcast.rollout.pool.repeatable import Repeatable
+from rollcast.rollout.pool.router import Router
 
 vllm = pytest.mark.vllm
 

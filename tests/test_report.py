@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rollcast.comm import PhaseTimer, SyncReport
 from rollcast.comm.report import WorkerReport
-from rollcast.launch.report import RunReport, StepRecord, spark
+from rollcast.launch.grpo.report import RunReport, StepRecord, spark
 
 
 def sync_report(total_s: float = 0.5, *, version: int = 1) -> SyncReport:

@@ -6,14 +6,14 @@ from ranks import LONG_S, Ranks, WatchedSource, receive, send
 from sides import Sides, check_same_bytes, every_kind
 
 from rollcast.comm import WeightSource
-from rollcast.comm.buckets import LARGE_BYTES
-from rollcast.comm.source import MANY
+from rollcast.comm.plan.buckets import LARGE_BYTES
+from rollcast.comm.transfer.source import MANY
 
 
 @pytest.fixture(params=[0, MANY], ids=["many", "few"])
 def many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether there are so many tensors that each is looked at when its turn comes."""
-    monkeypatch.setattr("rollcast.comm.source.MANY", request.param)
+    monkeypatch.setattr("rollcast.comm.transfer.source.MANY", request.param)
     return not request.param
 
 
@@ -49,7 +49,7 @@ def test_weights_that_stay_are_walked_once_and_found_again_when_they_move(many: 
 
 
 def test_weights_that_change_their_dtype_on_the_way_fail_one_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollcast.comm.source.MANY", 0)
+    monkeypatch.setattr("rollcast.comm.transfer.source.MANY", 0)
     weights = {name: torch.randn(300) for name in "abcd"}
     sides = Sides(WeightSource(weights, dtype=torch.bfloat16))
     with Ranks([0]) as ranks:

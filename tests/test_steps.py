@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from rollcast.rollout.drafts import Switch, from_token, joined, spans_of
-from rollcast.rollout.requests import REQUEST_ID
-from rollcast.rollout.steps import MOST_GONE, StepWatch
+from rollcast.rollout.engine.requests import REQUEST_ID
+from rollcast.rollout.engine.samples import Switch, from_token, joined, spans_of
+from rollcast.rollout.worker.steps import MOST_GONE, StepWatch
 
 
 def step(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rollcast.rollout.telling import TellVersions
-from rollcast.rollout.versioned import TOLD, Told
+from rollcast.rollout.engine.openai.client import TOLD, Told
+from rollcast.rollout.engine.openai.middleware import TellVersions
 
 JSON = (b"content-type", b"application/json; charset=utf-8")
 EVENTS = (b"content-type", b"text/event-stream")

@@ -12,15 +12,8 @@ from ranks import CPU, LONG_S, Ranks, Tapped, WatchedSource, Weights, all_result
 from sides import Sides, cast, check_same_bytes, every_kind, large_source, memory_of, widened
 from torch import distributed as dist
 
-from rollcast.comm import (
-    Deadline,
-    WeightBroadcaster,
-    WeightReceiver,
-    WeightSource,
-    build_transfer,
-    whole_moves,
-)
-from rollcast.comm.buckets import LARGE_BYTES, aligned
+from rollcast.comm import Deadline, WeightBroadcaster, WeightReceiver, WeightSource, build_transfer, whole_moves
+from rollcast.comm.plan.buckets import LARGE_BYTES, aligned
 
 BUCKET_BYTES = 1024
 

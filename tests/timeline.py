@@ -4,7 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rollcast.rollout import Mode
-from rollcast.rollout.phases import Begun, Drop, Event, Generate, Generated, Phase, State, Sync, Synced, Train, Trained
+from rollcast.rollout.orchestrator.schedule import (
+    Begun,
+    Drop,
+    Event,
+    Generate,
+    Generated,
+    Phase,
+    State,
+    Sync,
+    Synced,
+    Train,
+    Trained,
+)
 
 
 @dataclass

@@ -18,8 +18,8 @@ from architectures import MOE, build
 from peft import LoraConfig, get_peft_model
 
 from rollcast.comm import WeightSource, open_source
-from rollcast.rollout.adapters import AdapterLanding, compile_adapter, register_adapters, stacks
-from rollcast.rollout.offline import OfflineModels
+from rollcast.rollout.landing.lora import AdapterLanding, compile_adapter, register_adapters, stacks
+from rollcast.rollout.landing.offline import OfflineModels
 
 MAX_RANK = 8
 VERSIONS = 3

@@ -13,7 +13,7 @@ from models import build, perturb
 from on_gpus import served
 
 import rollcast.rollout as rollcast
-from rollcast.comm.gpus import gpu_state, gpu_uuid
+from rollcast.comm.device.nvml import gpu_state, gpu_uuid
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from models import build, perturb
 from torch import distributed as dist
 
 import rollcast.rollout as rollcast
-from rollcast.launch.parallel import Trainers
+from rollcast.launch.grpo.parallel import Trainers
 
 FAULT = Path(os.environ["FAULT_FILE"])
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from rollcast.comm import Deadline, Group
-from rollcast.comm.group import Work
-from rollcast.rollout.extension import RollcastWorker
+from rollcast.comm.transport.base import Work
+from rollcast.rollout.worker.extension import RollcastWorker
 
 FAULT = Path(os.environ["FAULT_FILE"])
 

@@ -21,7 +21,7 @@ def main() -> None:
         skip_tokenizer_init=True,
         max_model_len=64,
         tensor_parallel_size=int(sys.argv[3]),
-        worker_extension_cls="rollcast.rollout.extension.RollcastWorker",
+        worker_extension_cls="rollcast.rollout.worker.RollcastWorker",
     )
     workers = llm.collective_rpc("rollcast_fingerprint")
     greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)

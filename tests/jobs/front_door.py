@@ -16,7 +16,7 @@ from models import perturb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollcast.rollout as rollcast
-from rollcast.launch.front_door import FrontDoor, served
+from rollcast.launch.serve.frontend import FrontDoor, served
 
 SYNCS = 4
 TURNS: Any = [

@@ -2,7 +2,7 @@
 
 import torch
 
-from rollcast.rollout.extension import RollcastWorker
+from rollcast.rollout.worker.extension import RollcastWorker
 
 
 class GpuWorker(RollcastWorker):

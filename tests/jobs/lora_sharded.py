@@ -16,7 +16,7 @@ from oracle import said
 from torch import distributed as dist
 
 import rollcast.rollout as rollcast
-from rollcast.launch.parallel import Trainers
+from rollcast.launch.grpo.parallel import Trainers
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from slow_worker import SlowWorker
 
-from rollcast.rollout.adapters import stacks
+from rollcast.rollout.landing.lora import stacks
 
 
 class LoraWorker(SlowWorker):

@@ -20,10 +20,10 @@ from architecture_matrix import different, prepare, save, snapshot
 from architectures import build, perturb
 
 from rollcast.comm import Manifest, ParamSpec, WeightSource
-from rollcast.rollout.compiler import compile_landing
-from rollcast.rollout.live import LiveLanding
-from rollcast.rollout.offline import OfflineModels
-from rollcast.rollout.reload import live_tensors
+from rollcast.rollout.landing.apply import LiveLanding
+from rollcast.rollout.landing.compiler import compile_landing
+from rollcast.rollout.landing.offline import OfflineModels
+from rollcast.rollout.landing.vllm_reload import live_tensors
 
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
 # One that is copied into its place, and one that vLLM packs on the CPU.

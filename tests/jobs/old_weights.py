@@ -4,8 +4,8 @@ import copy
 import sys
 
 from rollcast.comm import SyncReport
-from rollcast.launch import grpo
-from rollcast.launch.trainer import Grpo
+from rollcast.launch.grpo import __main__ as grpo
+from rollcast.launch.grpo.trainer import Grpo
 
 
 class Forgetful(Grpo):
@@ -22,7 +22,7 @@ class Forgetful(Grpo):
 
 
 if __name__ == "__main__":
-    import rollcast.launch.trainer as trainer
+    import rollcast.launch.grpo.trainer as trainer
 
     trainer.Grpo = Forgetful
     sys.exit(grpo.main())

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from rollcast.rollout.extension import RollcastWorker
+from rollcast.rollout.worker.extension import RollcastWorker
 
 
 class SlowWorker(RollcastWorker):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from rollcast.comm import Deadline, host_store, join_group
-from rollcast.comm.group import Parcel
-from rollcast.rollout.world import World
+from rollcast.comm.transport.base import Parcel
+from rollcast.rollout.job.world import World
 
 RANK = int(os.environ["RANK"])
 TRANSPORT, PLACE, REPORT = sys.argv[1:]

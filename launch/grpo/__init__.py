@@ -1,0 +1,1 @@
+"""The GRPO job (`python -m rollcast.launch.grpo`, every rank)."""

@@ -1,0 +1,1 @@
+"""The engine process: one `AsyncLLM`, its requests, its side of a sync."""

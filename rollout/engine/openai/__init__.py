@@ -1,0 +1,1 @@
+"""vLLM's own OpenAI-compatible server inside the engine process, taking part in syncs."""

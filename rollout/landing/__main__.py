@@ -1,0 +1,209 @@
+"""Prints the landing plan of a model folder; no engine and no GPU (`python -m rollcast.rollout.landing`)."""
+
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rollcast.comm import Manifest, Move, TransferPlan, build_transfer
+from rollcast.rollout.config import CPU_WEIGHTS, CPU_WEIGHTS_VARIABLE, DTYPES, RolloutConfig
+from rollcast.rollout.landing.layout import choose_cpu_layout
+from rollcast.rollout.landing.plan import LandingPlan
+
+EXAMPLES = """examples:
+  python -m rollcast.rollout.landing --model ~/models/Qwen3-8B
+  python -m rollcast.rollout.landing --model ~/models/Qwen3-30B-A3B --tensor-parallel-size 2 --json
+
+The model's weights are not needed, only its config.json. The exit status is 1 if the plan has problems.
+"""
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The plans of all workers of one engine."""
+
+    manifest: Manifest
+    workers: int
+    plans: list[LandingPlan]
+    """Of the workers whose loaders could be followed."""
+    transfer: TransferPlan | None
+    problems: list[str]
+
+    def moves(self) -> list[Move]:
+        """Of all workers."""
+        return [move for plan in self.plans for move in plan.moves]
+
+    def staged(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """By kind and reason: modules and bytes."""
+        found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+        for plan in self.plans:
+            sizes: dict[int | None, int] = defaultdict(int)
+            for move in plan.moves:
+                sizes[move.stage] += move.nbytes
+            for number, stage in enumerate(plan.stages):
+                row = found[stage.kind, _generic(stage.why[0], stage.module)]
+                row[0] += 1
+                row[1] += sizes[number]
+        return {key: (modules, nbytes) for key, (modules, nbytes) in found.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON. Moves and bytes are those of all workers together."""
+        moves = self.moves()
+        lanes = self.transfer.lanes if self.transfer else ()
+        return {
+            "parameters": len(self.manifest.specs),
+            "checkpoint_bytes": self.manifest.nbytes,
+            "workers": self.workers,
+            "moves": len(moves),
+            "zero_copy_bytes": sum(move.nbytes for move in moves if move.in_place),
+            "staged_bytes": sum(move.nbytes for move in moves if move.stage is not None),
+            "total_bytes": sum(move.nbytes for move in moves),
+            "staged": [
+                {"kind": kind, "why": why, "modules": modules, "bytes": nbytes}
+                for (kind, why), (modules, nbytes) in self.staged().items()
+            ],
+            "lanes": [
+                {
+                    "workers": list(lane.workers),
+                    "bytes_per_worker": lane.nbytes,
+                    "messages": len(lane.messages),
+                    "buckets": len(lane.buckets),
+                }
+                for lane in lanes
+            ],
+            "unused": [len(plan.unused) for plan in self.plans],
+            "problems": self.problems,
+        }
+
+
+def overview(folder: str, *, size: int, dtype: str, bucket_bytes: int, expert_parallel: bool) -> Overview:
+    """Compile the plan of every tensor-parallel rank of an engine for the model."""
+    import torch
+
+    from rollcast.rollout.landing.compiler import compile_landing
+    from rollcast.rollout.landing.offline import OfflineModels, checkpoint_manifest, missing_architecture
+    from rollcast.rollout.landing.tape import LandingError
+
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    settings = missing_architecture(folder) | ({"enable_expert_parallel": True} if expert_parallel else {})
+    models = OfflineModels(folder, dtype=dtype, load_format="dummy", **settings)
+    manifest = checkpoint_manifest(folder, dtype=torch_dtype)
+    plans: list[LandingPlan] = []
+    problems: list[str] = []
+    for rank in range(size):
+        model = models.build(folder, rank=rank, size=size)
+        with models.as_rank(folder, rank=rank, size=size):
+            try:
+                plans.append(compile_landing(model, manifest, dtype=torch_dtype))
+                problems += plans[-1].check()
+            except LandingError as error:
+                problems.append(str(error))
+    transfer = None
+    if len(plans) == size:
+        try:
+            landings = {plan.digest: plan.moves for plan in plans}
+            transfer = build_transfer(manifest, landings, [plan.digest for plan in plans], bucket_bytes=bucket_bytes)
+        except ValueError as error:
+            problems.append(str(error))
+    return Overview(manifest, size, plans, transfer, list(dict.fromkeys(problems)))
+
+
+def show(found: Overview, console: Console) -> None:
+    """The plan as tables."""
+    facts = found.to_dict()
+    total = facts["total_bytes"] or 1
+    summary = Table(title="Landing plan", title_justify="left", show_header=False)
+    summary.add_row("parameters", f"{facts['parameters']:,}", size_text(facts["checkpoint_bytes"]))
+    summary.add_row("workers", str(facts["workers"]), "")
+    summary.add_row("moves", f"{facts['moves']:,}", size_text(facts["total_bytes"]))
+    for name in ("zero_copy", "staged"):
+        nbytes = facts[f"{name}_bytes"]
+        summary.add_row(name.replace("_", "-"), f"{nbytes / total:.1%}", size_text(nbytes))
+    buffered = total - facts["zero_copy_bytes"] - facts["staged_bytes"] if facts["total_bytes"] else 0
+    summary.add_row("cast or strided", f"{buffered / total:.1%}", size_text(buffered))
+    console.print(summary)
+    if facts["staged"]:
+        table = Table("kind", "modules", "bytes", "why", title="Not received in place", title_justify="left")
+        table.caption = "why: what vLLM does with loaded weights (staged), or its loader with arriving ones (tape)"
+        for row in facts["staged"]:
+            table.add_row(row["kind"], str(row["modules"]), size_text(row["bytes"]), row["why"])
+        console.print(table)
+    lanes = Table("lane", "workers", "bytes per worker", "messages", "buckets", title="Lanes", title_justify="left")
+    for index, lane in enumerate(facts["lanes"]):
+        workers = ", ".join(map(str, lane["workers"]))
+        per_worker = size_text(lane["bytes_per_worker"])
+        lanes.add_row(str(index), workers, per_worker, f"{lane['messages']:,}", str(lane["buckets"]))
+    console.print(lanes)
+    for problem in found.problems:
+        console.print(f"[red]problem[/red] {problem}", highlight=False)
+    if not found.problems:
+        console.print("[green]no problems[/green]: every element of every loadable parameter is written exactly once")
+
+
+def size_text(nbytes: int) -> str:
+    """Decimal, with a unit that suits."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m rollcast.rollout.landing",
+        description="Show where every byte of a model's weights lands in the workers of a vLLM engine.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--model", required=True, metavar="PATH", help="folder of a Hugging Face model (config.json)")
+    made.add_argument("--tensor-parallel-size", type=int, default=1, metavar="K", help="workers of the engine (1)")
+    made.add_argument("--enable-expert-parallel", action="store_true", help="experts are split over the workers")
+    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of engine and wire (config.json's)")
+    made.add_argument(
+        "--bucket-bytes", type=int, default=RolloutConfig.bucket_bytes, metavar="N", help="of a broadcast"
+    )
+    made.add_argument("--cpu-weights", choices=CPU_WEIGHTS, default=CPU_WEIGHTS[0], help="on CPU: vLLM's packed layout")
+    made.add_argument("--json", action="store_true", help="the last line is one JSON object instead of tables")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; the exit status."""
+    options = parser().parse_args(arguments)
+    if options.tensor_parallel_size < 1:
+        parser().error(f"--tensor-parallel-size must be positive, got {options.tensor_parallel_size}")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ[CPU_WEIGHTS_VARIABLE] = options.cpu_weights
+    try:
+        config = RolloutConfig(model=options.model, dtype=options.dtype, bucket_bytes=options.bucket_bytes)
+        choose_cpu_layout()
+        found = overview(
+            options.model,
+            size=options.tensor_parallel_size,
+            dtype=config.resolved_dtype(),
+            bucket_bytes=options.bucket_bytes,
+            expert_parallel=options.enable_expert_parallel,
+        )
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if options.json:
+        sys.stdout.write(json.dumps(found.to_dict()) + "\n")
+    else:
+        show(found, Console())
+    return 1 if found.problems else 0
+
+
+def _generic(why: str, module: str) -> str:
+    return why.replace(f"{module}.", "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,191 @@
+"""vLLM's model of a folder without an engine: one process stands in for any tensor-parallel rank.
+
+Used to print a landing plan, and to compare landings with fresh loads. One per process: vLLM's distributed state
+is global.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollcast.comm import Manifest, ParamSpec
+from rollcast.rollout.errors import PreflightError
+from rollcast.rollout.landing.vllm_reload import forget_values
+
+
+class OfflineModels:
+    """Builds vLLM's models, as the tensor-parallel rank that is asked for.
+
+    models = OfflineModels(any_model_folder)
+    model = models.build(folder, rank=1, size=2)           # on meta, nothing loaded
+    model = models.load(folder, rank=1, size=2)            # as an engine's worker has it
+
+    Further settings are vLLM's, such as `enable_expert_parallel=True`.
+    """
+
+    def __init__(self, folder: str | Path, **settings: Any) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+
+        self._settings = settings
+        rendezvous = Path(tempfile.mkdtemp(), "rendezvous")
+        with set_current_vllm_config(self.config(folder, size=1)):
+            init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+            ensure_model_parallel_initialized(1, 1)
+
+    def config(self, folder: str | Path, *, size: int, **more: Any) -> Any:
+        """vLLM's configuration for the model."""
+        from vllm import EngineArgs
+
+        settings: dict[str, Any] = {"enforce_eager": True, "skip_tokenizer_init": True}
+        settings |= self._settings | more
+        config = EngineArgs(model=str(folder), **settings).create_engine_config()
+        # Afterwards: vLLM would look for as many devices.
+        config.parallel_config.tensor_parallel_size = size
+        config.model_config.verify_with_parallel_config(config.parallel_config)
+        return config
+
+    def build(self, folder: str | Path, *, rank: int = 0, size: int = 1) -> Any:
+        """The model before anything is loaded. Its parameters are on meta; what else it has, is there.
+
+        Raises `PreflightError` if vLLM cannot split it among `size` workers.
+        """
+        config = self.config(folder, size=size)
+        # On the host, where untouched memory takes none: on meta, models that compute tables would fail.
+        with self._as_rank(rank, size, config), _default_dtype(config.model_config.dtype), torch.device("cpu"):
+            model = _initialize(config, f"{folder} as worker {rank} of {size}")
+        forget_values(model)
+        return model
+
+    def load(self, folder: str | Path, *, rank: int = 0, size: int = 1, **settings: Any) -> Any:
+        """The model with the folder's weights, processed as in an engine."""
+        from vllm.model_executor.model_loader import get_model
+
+        config = self.config(folder, size=size, **settings)
+        with self._as_rank(rank, size, config):
+            return get_model(vllm_config=config)
+
+    @contextmanager
+    def as_rank(self, folder: str | Path, *, rank: int, size: int, **settings: Any) -> Iterator[Any]:
+        """Inside, loaders and processing take this process for the rank. Yields vLLM's configuration."""
+        config = self.config(folder, size=size, **settings)
+        with self._as_rank(rank, size, config):
+            yield config
+
+    @contextmanager
+    def _as_rank(self, rank: int, size: int, config: Any) -> Iterator[None]:
+        from vllm.config import set_current_vllm_config
+        from vllm.distributed import parallel_state
+
+        state: Any = parallel_state
+        groups = [group for group in (state._TP, getattr(state, "_EP", None)) if group is not None]
+        saved = [(group, group.rank_in_group, group.world_size, group.ranks) for group in groups]
+        try:
+            for group in groups:
+                group.rank_in_group, group.world_size, group.ranks = rank, size, list(range(size))
+            with set_current_vllm_config(config):
+                yield
+        finally:
+            for group, *before in saved:
+                group.rank_in_group, group.world_size, group.ranks = before
+
+
+def _initialize(config: Any, what: str) -> Any:
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    try:
+        return initialize_model(vllm_config=config)
+    except Exception as error:
+        why = str(error) or f"{type(error).__name__} without a message"
+        raise PreflightError(f"vLLM cannot build {what}: {why}") from error
+
+
+def missing_architecture(folder: str | Path) -> dict[str, Any]:
+    """Settings for a config.json that names no architecture, which vLLM would take for no language model."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    known: Any = transformers.AutoModelForCausalLM._model_mapping
+    if config.architectures or type(config) not in known:
+        return {}
+    return {"hf_overrides": {"architectures": [known[type(config)].__name__]}}
+
+
+def checkpoint_manifest(folder: str | Path, *, dtype: torch.dtype | None = None) -> Manifest:
+    """What a trainer of this folder's model would send: from the weight files, or from the configuration alone."""
+    files = _weight_files(Path(folder))
+    specs = _specs_of_files(files) if files else _specs_of_config(folder)
+    return Manifest(
+        tuple(ParamSpec(name, shape, dtype if dtype and its.is_floating_point else its) for name, shape, its in specs)
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those of the index, if there is one: a folder may hold the weights twice."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _specs_of_files(files: list[Path]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    from safetensors import SafetensorError, safe_open
+
+    specs: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (no mapping)
+                    part = tensors.get_slice(name)
+                    specs.append((name, tuple(part.get_shape()), _DTYPES[part.get_dtype()]))
+        except (OSError, SafetensorError) as error:
+            raise PreflightError(f"{file} cannot be read: {error}") from error
+    return specs
+
+
+def _specs_of_config(folder: str | Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    import transformers
+
+    if not Path(folder, "config.json").is_file():
+        raise PreflightError(f"{folder} has no config.json: pass the folder of a Hugging Face model")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    dtype: Any = config.dtype or torch.float32
+    return [
+        (name, tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    ]
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,179 @@
+"""Where each byte of the manifest lands in a vLLM worker: the plan, as data (worker; trainer rank 0 reads it).
+
+    python -m rollcast.rollout.landing --model PATH     # prints the plan of a model
+
+`compiler.py` makes a plan by running vLLM's own loader once; `live.py` carries it out at every sync.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import torch
+
+from rollcast.comm import Manifest, Move, Region
+from rollcast.rollout.landing.coverage import coverage
+from rollcast.rollout.landing.relatives import Relatives
+from rollcast.rollout.landing.tape import Op, Ref, from_plain, to_plain
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor that vLLM's loader can write, in the layout that the loader sees."""
+
+    name: str
+    whole: Region
+    loadable: bool
+    """Whether it must be written: parameters must, buffers may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A module whose weights are not simply copied."""
+
+    module: str
+    """vLLM's path of it."""
+    kind: str
+    """"tape": operations make its weights from what arrives. "staged": vLLM processes them after loading."""
+    why: tuple[str, ...]
+    inputs: tuple[Region, ...] = ()
+    """Whole pieces of sources that the operations read; moves name them `input/0`, `input/1`, ..."""
+    tape: tuple[Op, ...] = ()
+    """Carried out when all moves have arrived."""
+    shares: tuple[tuple[str, str], ...] = ()
+    """(own tensor, the live tensor whose memory it is): tied weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """The loader sets a region to a constant (padding) before it loads the rest."""
+
+    op: Op
+    stage: int | None = None
+    """The stage whose tensor it is. None: a live tensor, written once and not at every sync."""
+
+    @property
+    def target(self) -> Ref:
+        return self.op.args[0]
+
+
+@dataclass(frozen=True, eq=False)
+class LandingPlan:
+    """All moves of one worker, in the order of its memory, and what is done when they have arrived."""
+
+    manifest: Manifest
+    targets: tuple[Target, ...]
+    moves: tuple[Move, ...]
+    fills: tuple[Fill, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    values: tuple[torch.Tensor, ...] = ()
+    """Constants of the loader."""
+    attention: tuple[str, ...] = ()
+    """Attention layers that make weights of their own from others (MLA): processed when all has arrived."""
+    refused: tuple[str, ...] = ()
+    """What cannot be expressed, each naming a parameter or module."""
+
+    def check(self) -> list[str]:
+        """Problems, each naming a parameter: elements not written exactly once, and what cannot be expressed."""
+        written, filled = self._writes()
+        problems = list(self.refused)
+        relatives = Relatives(self.moves, self.manifest)
+        for target in self.targets:
+            if not target.loadable and not written[target.name]:
+                continue
+            if problem := coverage(target.whole, written[target.name], filled[target.name]):
+                problems.append(f"{target.name}: {problem}{relatives.left_out(target.name)}")
+        return problems + list(dict.fromkeys(self._unfit()))
+
+    @property
+    def unused(self) -> list[int]:
+        """Parameters of the manifest that this worker keeps nothing of: remote experts, or a mistake."""
+        used = {move.param for move in self.moves}
+        return [index for index, spec in enumerate(self.manifest.specs) if index not in used and spec.numel]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of all but the reasons in words. Workers with equal digests share a lane."""
+        wordless = replace(self, stages=tuple(replace(stage, why=()) for stage in self.stages))
+        return hashlib.sha256(wordless.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The plan as msgpack."""
+        return msgspec.msgpack.encode(
+            {
+                "manifest": self.manifest.to_bytes(),
+                "targets": [[target.name, to_plain(target.whole), target.loadable] for target in self.targets],
+                "moves": [_encode_move(move) for move in self.moves],
+                "fills": [[to_plain(fill.op), fill.stage] for fill in self.fills],
+                "stages": [_encode_stage(stage) for stage in self.stages],
+                "values": [to_plain(value) for value in self.values],
+                "attention": self.attention,
+                "refused": self.refused,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "LandingPlan":
+        """Inverse of `to_bytes`."""
+        plain = msgspec.msgpack.decode(data)
+        return cls(
+            manifest=Manifest.from_bytes(plain["manifest"]),
+            targets=tuple(Target(name, from_plain(whole), loadable) for name, whole, loadable in plain["targets"]),
+            moves=tuple(_decode_move(move) for move in plain["moves"]),
+            fills=tuple(Fill(from_plain(op), stage) for op, stage in plain["fills"]),
+            stages=tuple(_decode_stage(stage) for stage in plain["stages"]),
+            values=from_plain(plain["values"]),
+            attention=tuple(plain["attention"]),
+            refused=tuple(plain["refused"]),
+        )
+
+    def _unfit(self) -> Iterator[str]:
+        """Copies between kinds of numbers: vLLM's loaders make them without a word, and garbage with them."""
+        for move in self.moves:
+            wire, kept = move.source.dtype, move.region.dtype
+            if _kind(wire) != _kind(kept):
+                yield f"{move.target}: the trainer's {self.manifest.specs[move.param]} does not fit into {kept}"
+
+    def _writes(self) -> tuple[dict[str, list[Region]], dict[str, list[Region]]]:
+        """By target: regions that get weights, and regions that are set to constants."""
+        written: dict[str, list[Region]] = defaultdict(list)
+        filled: dict[str, list[Region]] = defaultdict(list)
+        for move in self.moves:
+            written[move.target].append(move.region)
+        for fill in self.fills:
+            filled[str(fill.target.key)].append(fill.target.region)
+        for op in (op for stage in self.stages for op in stage.tape):
+            target = op.target
+            if target is None or target.kind != "live":
+                continue
+            # A transformation of what was loaded (w.copy_(f(w))) is no second load.
+            if not op.transforms:
+                written[str(target.key)].append(target.region)
+        return written, filled
+
+
+def _kind(dtype: torch.dtype) -> object:
+    """Casts are harmless within a kind. Eight-bit floats are quantised values, whose scales travel beside them."""
+    return dtype if dtype.is_floating_point and dtype.itemsize == 1 else dtype.is_floating_point
+
+
+def _encode_move(move: Move) -> list[Any]:
+    return [move.param, to_plain(move.source), move.target, to_plain(move.region), move.stage]
+
+
+def _decode_move(plain: list[Any]) -> Move:
+    param, source, target, region, stage = plain
+    return Move(param, from_plain(source), target, from_plain(region), stage)
+
+
+def _encode_stage(stage: Stage) -> list[Any]:
+    return [stage.module, stage.kind, stage.why, to_plain(stage.inputs), to_plain(stage.tape), stage.shares]
+
+
+def _decode_stage(plain: list[Any]) -> Stage:
+    module, kind, why, inputs, tape, shares = plain
+    return Stage(module, kind, tuple(why), from_plain(inputs), from_plain(tape), from_plain(shares))

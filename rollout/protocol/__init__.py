@@ -1,0 +1,1 @@
+"""Everything that trainers, engines and workers say to each other (all processes)."""
