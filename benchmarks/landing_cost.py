@@ -29,8 +29,8 @@ from rich.table import Table
 
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
-from rollcast.rollout.landing.layout import choose_cpu_layout
 from rollcast.rollout.landing.offline import OfflineModels, checkpoint_manifest
+from rollcast.rollout.landing.vllm_reload import choose_cpu_layout
 
 DTYPE = torch.bfloat16
 COMMON = {"vocab_size": 8192, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}

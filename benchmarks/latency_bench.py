@@ -13,8 +13,7 @@ from latency_spec import JobSpec
 from rollcast.comm import Deadline, Group, SyncReport, host_store, join_group
 from rollcast.comm.transport.base import Work
 from rollcast.rollout import Job
-from rollcast.rollout.protocol.messages import Call, Called, Reply
-from rollcast.rollout.protocol.replies import expect
+from rollcast.rollout.protocol.messages import Call, Called, Reply, expect
 
 RPC_TIMEOUT_S = 120.0
 HOST = "127.0.0.1"

@@ -13,7 +13,7 @@ from latency_bench import RPC_TIMEOUT_S, Bench, Run, Sample, answer, wait_for
 from latency_native import native
 
 from rollcast.comm import Deadline
-from rollcast.comm.plan.region import flat_bytes
+from rollcast.comm.device.storage import flat_bytes
 
 # Of a GPU's memory: the buffer is beside the weights, their shadow and the KV cache.
 MAX_BUFFER_SHARE = 1 / 8

@@ -8,7 +8,7 @@ from latency_facts import FactsWorker
 from latency_memory import peak_bytes, settle
 
 from rollcast.comm import Deadline, Group, join_group
-from rollcast.comm.plan.region import flat_bytes
+from rollcast.comm.device.storage import flat_bytes
 from rollcast.rollout.worker.extension import RollcastWorker
 from rollcast.rollout.worker.fingerprint import hashes
 

@@ -7,11 +7,12 @@ from rollcast.comm.plan.region import Region
 from rollcast.comm.plan.transfer import Lane, TransferPlan, build_transfer, whole_moves
 from rollcast.comm.report import PhaseTimer, SyncReport
 from rollcast.comm.transfer.broadcaster import WeightBroadcaster
-from rollcast.comm.transfer.inbox import Landing, VerifyError
+from rollcast.comm.transfer.landing import Landing, VerifyError
 from rollcast.comm.transfer.lora_source import open_source
 from rollcast.comm.transfer.receiver import WeightReceiver
 from rollcast.comm.transfer.source import WeightSource
-from rollcast.comm.transport.base import Group, host_store, join_group
+from rollcast.comm.transport.base import Group
+from rollcast.comm.transport.rendezvous import host_store, join_group
 
 __all__ = [
     "Bucket",

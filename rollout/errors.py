@@ -19,3 +19,7 @@ class SyncError(RollcastError):
 
 class OrchestratorError(RollcastError):
     """Another trainer rank's generate or train failed, in its own words, or the ranks or engines are out of step."""
+
+
+class LandingError(RollcastError):
+    """The engine's model cannot take these weights in place."""

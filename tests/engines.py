@@ -28,6 +28,7 @@ from rollcast.comm.plan.buckets import fill_buckets
 from rollcast.rollout import RolloutConfig
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.landing.plan import LandingPlan
+from rollcast.rollout.pool.client import collect
 from rollcast.rollout.pool.metrics import Metrics
 from rollcast.rollout.protocol.messages import (
     Abandon,
@@ -44,7 +45,6 @@ from rollcast.rollout.protocol.messages import (
     Settle,
     WorkerTimes,
 )
-from rollcast.rollout.protocol.replies import collect
 from rollcast.rollout.sync.broadcaster import PoolBroadcaster
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from rollcast.comm import Manifest, ParamSpec
+from rollcast.rollout.landing.apply import StagedModule
 from rollcast.rollout.landing.compiler import assemble, record
 from rollcast.rollout.landing.plan import LandingPlan
-from rollcast.rollout.landing.stages import StagedModule
 from rollcast.rollout.landing.tape import carry_out
 
 Tensors = dict[str, torch.Tensor]

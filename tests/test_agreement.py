@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from rollcast.launch.grpo.errors import AgreementError
-from rollcast.launch.grpo.logprob_check import LogprobGap, judge
+from rollcast.launch.grpo.logprob_check import AgreementError, LogprobGap, judge
 from rollcast.launch.grpo.parallel import Trainers
 
 ENGINES = 8

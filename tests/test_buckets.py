@@ -10,7 +10,8 @@ import torch
 from moves import Sink, indices, random_sink, random_weights
 
 from rollcast.comm import Bucket, Manifest, Message, Move, ParamSpec, Region, WeightSource, whole_moves
-from rollcast.comm.plan.buckets import ALIGN_BYTES, LARGE_BYTES, aligned, fill_buckets
+from rollcast.comm.device.storage import ALIGN_BYTES, aligned
+from rollcast.comm.plan.buckets import LARGE_BYTES, fill_buckets
 
 U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
 Cut = list[tuple[int, list[tuple[int, int, int, int]]]]

@@ -15,7 +15,6 @@ import torch
 
 from rollcast.comm import Deadline, host_store, join_group
 from rollcast.comm.transport.base import Parcel
-from rollcast.comm.transport.cuda_event import Allocation
 
 CPU = torch.device("cpu")
 PAGE = 1 << 12
@@ -30,7 +29,10 @@ class Runtime:
         self.number = 0
         self.asked = 0
 
-    def allocation(self, address: int) -> Allocation:
+    def allocation(self, address: int) -> Any:
+        # It needs this stand-in to be imported.
+        from rollcast.comm.transport.ipc_memory import Allocation
+
         self.asked += 1
         return Allocation(address // PAGE * PAGE, 1 << 20, self.number, exportable=True)
 
@@ -66,10 +68,9 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     ipc = importlib.import_module("rollcast.comm.transport.ipc")
-    monkeypatch.setattr(sys.modules["rollcast.comm.transport.ipc_memory"], "allocation", fake.allocation)
-    monkeypatch.setattr(
-        sys.modules["rollcast.comm.transport.ipc_memory"], "allocation_number", lambda address: fake.number
-    )
+    memory = sys.modules["rollcast.comm.transport.ipc_memory"]
+    monkeypatch.setattr(memory, "allocation", fake.allocation)
+    monkeypatch.setattr(memory, "allocation_number", lambda address: fake.number)
     monkeypatch.setattr(ipc, "gpu_uuid", lambda device: f"GPU-{device}")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())

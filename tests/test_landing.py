@@ -9,8 +9,8 @@ import pytest
 import torch
 from oddloaders import Tensors, Toy, both, changed, each, land, whole
 
+from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.plan import LandingPlan
-from rollcast.rollout.landing.tape import LandingError
 
 A = {"a": (6, 4)}
 AB = {"a": (6, 4), "b": (6, 4)}

@@ -10,8 +10,9 @@ import torch
 from oddloaders import Loader, Toy, both, changed, each, land, whole
 
 from rollcast.comm import Manifest, ParamSpec, Region
+from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.plan import LandingPlan
-from rollcast.rollout.landing.tape import LandingError, from_plain, to_plain
+from rollcast.rollout.landing.tape import from_plain, to_plain
 
 BOTH = {"a": (3, 4), "b": (3, 4)}
 ROW = torch.arange(4.0)

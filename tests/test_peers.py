@@ -12,8 +12,9 @@ from rollcast.comm import Deadline, Lane
 from rollcast.comm.device.fused_copy import FusedCopy
 from rollcast.comm.transport.peers import Peer, PeerError, check_peers, check_settings, meet, nccl_settings
 from rollcast.rollout import PreflightError, RolloutConfig
-from rollcast.rollout.job.preflight import Card, check_cards, describe
+from rollcast.rollout.job.preflight import check_cards, describe
 from rollcast.rollout.job.world import World
+from rollcast.rollout.protocol.registry import Card
 from rollcast.rollout.sync.lanes import transport_of
 
 TRAINER = Peer("trainer rank 0", "a", "GPU-0", "2.28.9", {"NCCL_CUMEM_ENABLE": "1"})

@@ -11,8 +11,10 @@ import torch
 from torch import distributed as dist
 
 from rollcast.rollout import PreflightError, RolloutConfig
-from rollcast.rollout.job.preflight import Card, check_cards, check_prompts, check_vllm, preflight, select_visible
+from rollcast.rollout.job.preflight import check_cards, check_vllm, preflight, select_visible
 from rollcast.rollout.job.world import World, without_torchrun
+from rollcast.rollout.pool.dispatcher import check_prompts
+from rollcast.rollout.protocol.registry import Card
 
 UUIDS = ["GPU-aaaa-0", "GPU-aabb-1", "GPU-cccc-2", "GPU-dddd-3"]
 

@@ -8,9 +8,10 @@ import torch
 from oddloaders import Tensors, Toy, both, changed, each, land
 
 from rollcast.comm import Manifest, ParamSpec, Region
+from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.compiler import record
-from rollcast.rollout.landing.copies import through_copy
-from rollcast.rollout.landing.tape import LandingError, Op, Ref, carry_out
+from rollcast.rollout.landing.recorder import through_copy
+from rollcast.rollout.landing.tape import Op, Ref, carry_out
 
 SHAPES = ((24,), (4, 6), (2, 3, 4), (1, 6, 4), (5, 1), (2, 2, 3, 2), (0, 3), ())
 View = Callable[[torch.Tensor], torch.Tensor]

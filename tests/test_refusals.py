@@ -35,7 +35,7 @@ def test_lora_and_sleep_are_refused_by_name(tmp_path: Path) -> None:
 def test_expert_load_balancing_is_refused_by_name() -> None:
     from vllm.config import ParallelConfig
 
-    from rollcast.rollout.landing.tape import LandingError
+    from rollcast.rollout.errors import LandingError
     from rollcast.rollout.worker.extension import RollcastWorker
 
     worker: Any = RollcastWorker()

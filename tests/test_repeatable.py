@@ -9,7 +9,7 @@ from torchrun import run_facts_of_trainers
 
 from rollcast.launch.grpo.options import parse
 from rollcast.rollout import PreflightError, RolloutConfig, Sampling
-from rollcast.rollout.pool.repeatable import Repeatable
+from rollcast.rollout.pool.dispatcher import Repeatable
 from rollcast.rollout.pool.router import Router
 
 vllm = pytest.mark.vllm

@@ -7,7 +7,7 @@ import pytest
 
 from rollcast.rollout.engine.requests import REQUEST_ID
 from rollcast.rollout.engine.samples import Switch, from_token, joined, spans_of
-from rollcast.rollout.worker.steps import MOST_GONE, StepWatch
+from rollcast.rollout.worker.step_gate import MOST_GONE, StepWatch
 
 
 def step(

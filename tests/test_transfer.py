@@ -13,7 +13,8 @@ from sides import Sides, cast, check_same_bytes, every_kind, large_source, memor
 from torch import distributed as dist
 
 from rollcast.comm import Deadline, WeightBroadcaster, WeightReceiver, WeightSource, build_transfer, whole_moves
-from rollcast.comm.plan.buckets import LARGE_BYTES, aligned
+from rollcast.comm.device.storage import aligned
+from rollcast.comm.plan.buckets import LARGE_BYTES
 
 BUCKET_BYTES = 1024
 

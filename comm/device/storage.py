@@ -65,3 +65,18 @@ def identity(tensor: torch.Tensor) -> object:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     place = local.storage_offset(), tuple(local.shape), tuple(local.stride())
     return local.untyped_storage()._cdata, place, tuple(tensor.shape), tensor.dtype
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, flat; a copy if it is not contiguous."""
+    # One element counts as contiguous with any stride; viewed as bytes, it needs stride 1.
+    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+# Copies are fastest, and views of any dtype possible, when every message starts at a multiple of this.
+ALIGN_BYTES = 256
+
+
+def aligned(nbytes: int) -> int:
+    """The next multiple of `ALIGN_BYTES`."""
+    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES

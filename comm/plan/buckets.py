@@ -6,10 +6,9 @@ from math import prod
 
 import torch
 
+from rollcast.comm.device.storage import ALIGN_BYTES, aligned
 from rollcast.comm.plan.region import Region
 
-# Copies are fastest, and views of any dtype possible, when every message starts at a multiple of this.
-ALIGN_BYTES = 256
 # A contiguous piece of at least this size is a message of its own: it can be sent from where it is.
 LARGE_BYTES = 1 << 20
 
@@ -162,8 +161,3 @@ def _split(move: Move, most: int) -> Iterator[Move]:
             yield part
         else:
             yield from _split(replace(part, source=part.source.row(), region=part.region.row()), most)
-
-
-def aligned(nbytes: int) -> int:
-    """The next multiple of `ALIGN_BYTES`."""
-    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES

@@ -78,9 +78,3 @@ class Region:
     def bytes_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The region's bytes in `tensor`: a flat uint8 view. Contiguous regions only."""
         return self.flat().view(tensor).view(torch.uint8)
-
-
-def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes, flat; a copy if it is not contiguous."""
-    # One element counts as contiguous with any stride; viewed as bytes, it needs stride 1.
-    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

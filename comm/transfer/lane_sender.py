@@ -8,8 +8,8 @@ import torch
 
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.device.checksum import checksum
-from rollcast.comm.device.storage import Spots
-from rollcast.comm.plan.buckets import Message, aligned
+from rollcast.comm.device.storage import Spots, aligned
+from rollcast.comm.plan.buckets import Message
 from rollcast.comm.plan.region import Region
 from rollcast.comm.plan.transfer import Lane
 from rollcast.comm.report import PhaseTimer

@@ -6,11 +6,14 @@ import torch
 
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.device.checksum import checksum
+from rollcast.comm.device.fused_copy import FusedCopy
+from rollcast.comm.device.storage import aligned, flat_bytes
+from rollcast.comm.plan.buckets import Message
 from rollcast.comm.plan.transfer import Lane
 from rollcast.comm.report import PhaseTimer
 from rollcast.comm.transfer.buffer_ring import DEPTH, Window
-from rollcast.comm.transfer.inbox import Ahead, Inbox, Landing, VerifyError, lay_out, spare_bytes
-from rollcast.comm.transport.base import Group, Parcel
+from rollcast.comm.transfer.landing import Landing, VerifyError
+from rollcast.comm.transport.base import Group, Parcel, Work
 
 # Buckets that may travel while live parameters are still read: as long as a wire is busy in the time of a decoding step
 # or two.
@@ -183,3 +186,79 @@ class WeightReceiver:
         group.broadcast([theirs.view(torch.uint8)], root=0, deadline=deadline).wait(deadline)
         for index in (mine != theirs).nonzero().flatten().tolist():
             raise VerifyError(f"run {index} of lane {self.lane.index}, {self.lane.messages[index]}, {DAMAGED}")
+
+
+class Inbox:
+    """Where one message goes."""
+
+    def __init__(self, message: Message, landing: Landing, device: torch.device) -> None:
+        self.message = message
+        self.nbytes = message.nbytes
+        self.offset = 0
+        self._landing = landing
+        self._live = landing.live(message.target) if message.stage is None else None
+        # A tensor that vLLM keeps elsewhere (on the host, say) cannot be received into.
+        self.in_place = message.in_place and self._live is not None and self._live.device.type == device.type
+        self.copied = message.stage is None and not self.in_place
+
+    def posted(self, window: Window, turn: int) -> torch.Tensor:
+        """The bytes to receive into."""
+        if self.in_place:
+            assert self._live is not None
+            return self.message.region.bytes_of(self._live)
+        return window.buffer(turn)[self.offset : self.offset + self.nbytes]
+
+    def target(self) -> torch.Tensor:
+        """What is written in the end."""
+        stage = self.message.stage
+        tensor = self._landing.staging(stage, self.message.target) if stage is not None else self._live
+        assert tensor is not None
+        return self.message.region.view(tensor)
+
+    def typed(self, data: torch.Tensor) -> torch.Tensor:
+        """Received bytes as the wire's dtype, in the target's shape."""
+        return data.view(self.message.dtype).view(self.message.region.shape)
+
+    def confirm(self, data: torch.Tensor) -> None:
+        """Compare received bytes with the target, or stage them."""
+        target = self.target()
+        sent = self.typed(data).to(target.device)
+        if self.message.stage is not None:
+            target.copy_(sent)
+        elif not torch.equal(flat_bytes(sent.to(target.dtype)), flat_bytes(target)):
+            raise VerifyError(f"{self.message} in memory is not what the trainer holds")
+
+
+class Ahead:
+    """A bucket's way past the live parameters."""
+
+    def __init__(self, bucket: list[Inbox], tensors: list[torch.Tensor]) -> None:
+        live = [tensor for box, tensor in zip(bucket, tensors, strict=True) if box.in_place]
+        spare = torch.empty(spare_bytes(bucket), dtype=torch.uint8, device=tensors[0].device)
+        sizes = [aligned(tensor.numel()) for tensor in live]
+        rooms = [room[: tensor.numel()] for room, tensor in zip(spare.split(sizes), live, strict=True)]
+        places = iter(rooms)
+        pairs = zip(bucket, tensors, strict=True)
+        self.posted = Parcel(next(places) if box.in_place else tensor for box, tensor in pairs)
+        self.copy = FusedCopy(live, rooms)
+        self.work: Work | None = None
+
+    def wait(self, deadline: Deadline) -> None:
+        """Until the bucket has arrived beside the live parameters."""
+        work, self.work = self.work, None
+        assert work is not None
+        work.wait(deadline)
+
+
+def spare_bytes(bucket: list[Inbox]) -> int:
+    return sum(aligned(box.nbytes) for box in bucket if box.in_place)
+
+
+def lay_out(bucket: list[Inbox]) -> int:
+    """Give every message that is not received in place its own room in the buffer; return the bytes needed."""
+    used = 0
+    for box in bucket:
+        if not box.in_place:
+            box.offset = used
+            used = aligned(used + box.nbytes)
+    return used

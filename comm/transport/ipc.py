@@ -20,11 +20,10 @@ from torch import distributed as dist
 from rollcast.comm.deadline import Deadline, nap
 from rollcast.comm.device.fused_copy import Copies
 from rollcast.comm.device.nvml import gpu_uuid
-from rollcast.comm.plan.buckets import aligned
+from rollcast.comm.device.storage import aligned
 from rollcast.comm.transport.base import Parcel
-from rollcast.comm.transport.cuda_event import EventWork, exportable_bytes
-from rollcast.comm.transport.ipc_memory import Offer, Surveyor, check
-from rollcast.comm.transport.lines import call, listen
+from rollcast.comm.transport.cuda_event import ASK_S, EventWork
+from rollcast.comm.transport.ipc_memory import Offer, Surveyor, check, exportable_bytes
 from rollcast.comm.transport.peers import Peer, PeerError, host_name, meet
 
 ACK = b"read"
@@ -232,3 +231,40 @@ class ReadWork(EventWork):
         """See `Work.wait`."""
         super().wait(deadline)
         self._reader.tell(0, ACK)
+
+
+def listen(store: dist.Store, size: int, deadline: Deadline) -> list[socket.socket]:
+    """The sender's lines to its receivers, in the order of their ranks."""
+    with socket.create_server(("127.0.0.1", 0), backlog=size) as server:
+        store.set("line", str(server.getsockname()[1]))
+        lines: dict[int, socket.socket] = {}
+        server.settimeout(ASK_S)
+        while len(lines) < size - 1:
+            timeout = deadline.left("the receivers of a lane")
+            try:
+                line, _ = server.accept()
+            except TimeoutError:
+                # Raises when the store is gone: somebody has given up, and nobody will come.
+                store.check(["line"])
+                continue
+            line.settimeout(timeout.total_seconds())
+            lines[int.from_bytes(line.recv(4, socket.MSG_WAITALL), "big")] = line
+    for line in lines.values():
+        _make_ready(line)
+    return [lines[rank] for rank in range(1, size)]
+
+
+def call(store: dist.Store, rank: int, deadline: Deadline) -> socket.socket:
+    """A receiver's line to the sender."""
+    store.wait(["line"], deadline.left("the sender of a lane"))
+    timeout_s = deadline.left("the sender of a lane").total_seconds()
+    line = socket.create_connection(("127.0.0.1", int(store.get("line"))), timeout_s)
+    line.sendall(rank.to_bytes(4, "big"))
+    _make_ready(line)
+    return line
+
+
+def _make_ready(line: socket.socket) -> None:
+    line.settimeout(None)
+    # Or the second small message in a row would wait for the peer's delayed acknowledgement of the first: 40 ms.
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

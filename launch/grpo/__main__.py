@@ -12,13 +12,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rollcast.launch.grpo.errors import AgreementError
+from rollcast.launch.grpo.logprob_check import AgreementError
 from rollcast.launch.grpo.options import GrpoConfig, parse
 from rollcast.launch.grpo.task import CHARACTERS, Task, load_task
 from rollcast.launch.signals import end_soon_on_signals
 from rollcast.rollout import Job, OrchestratorError, PreflightError, RollcastError, RolloutConfig, SyncError, join
-from rollcast.rollout.job.preflight import check_prompts, versions
+from rollcast.rollout.job.preflight import versions
 from rollcast.rollout.job.world import World
+from rollcast.rollout.pool.dispatcher import check_prompts
 
 STORE_TIMEOUT_S = 300.0
 SAME_ON_ALL_RANKS = (PreflightError, SyncError, AgreementError, OrchestratorError)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rollcast.launch.grpo.errors import AgreementError
 from rollcast.launch.grpo.parallel import Trainers
+from rollcast.rollout import RollcastError
 
 # Single tokens differ by much more than the average: an engine is judged as if so many of its tokens more had agreed.
 SLACK_TOKENS = 50
@@ -49,3 +49,7 @@ def judge(
                 f"than {tolerance:.0e}: the weights of engine {engine} are not the trainer's version {version}"
             )
     return LogprobGap(max(sums[engine] / counts[engine] for engine in found), largest) if found else LogprobGap()
+
+
+class AgreementError(RollcastError):
+    """Engine and trainer do not have the same weights: their log-probabilities of the same tokens differ."""

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from rollcast.launch.serve.openai_api import ChatRequest, CompletionRequest, Request, error, usage
 from rollcast.launch.serve.wording import CHAT, PLAIN, Wording
 from rollcast.rollout import Completion, EngineError, Pool, Sampling
-from rollcast.rollout.engine.openai.middleware import VERSION_HEADER
+from rollcast.rollout.protocol.sampling import VERSION_HEADER
 
 START_TIMEOUT_S = 30.0
 POLL_S = 0.5

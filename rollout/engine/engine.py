@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from rollcast.rollout.engine.async_llm import Scheduling
+from rollcast.rollout.engine.async_llm import Scheduling, start_llm
 from rollcast.rollout.engine.deterministic import Batches
 from rollcast.rollout.engine.openai.client import VersionedClient
 from rollcast.rollout.engine.openai.server import OpenAIDoor
 from rollcast.rollout.engine.requests import Requests, Running
-from rollcast.rollout.engine.starting import Launch, start_llm
 from rollcast.rollout.engine.sync import Updates
 from rollcast.rollout.engine.workers import Workers
 from rollcast.rollout.errors import EngineError
+from rollcast.rollout.protocol.messages import Launch
 from rollcast.rollout.protocol.sampling import Completion
 
 

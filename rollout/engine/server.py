@@ -21,7 +21,6 @@ import uvloop
 from rollcast.rollout.engine.engine import Engine
 from rollcast.rollout.engine.openai.server import OpenAIDoor
 from rollcast.rollout.engine.requests import Running
-from rollcast.rollout.engine.starting import Launch
 from rollcast.rollout.errors import RollcastError
 from rollcast.rollout.protocol.connection import ID_BYTES, LIMIT_BYTES, frame, frames
 from rollcast.rollout.protocol.messages import (
@@ -41,6 +40,7 @@ from rollcast.rollout.protocol.messages import (
     Generated,
     JoinGroup,
     LandingPlans,
+    Launch,
     Prepare,
     Prepared,
     Receive,

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.protocol.replies import named
+from rollcast.rollout.protocol.messages import named
 from rollcast.rollout.protocol.worker_channel import Bells
 
 # What vLLM wraps around a worker's own text.

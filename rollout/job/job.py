@@ -14,17 +14,17 @@ from torch import nn
 
 from rollcast.comm import Deadline, open_source
 from rollcast.comm.agreement import Agreement
-from rollcast.comm.transport.base import reachable_host
+from rollcast.comm.transport.rendezvous import reachable_host
 from rollcast.rollout.config import RolloutConfig
-from rollcast.rollout.job.preflight import Card, describe, preflight
+from rollcast.rollout.job.preflight import describe, preflight
 from rollcast.rollout.job.supervisor import idle, lead
 from rollcast.rollout.job.world import World, narrow_to_trainers
 from rollcast.rollout.orchestrator.generation import Batch
-from rollcast.rollout.orchestrator.modes import Mode
 from rollcast.rollout.orchestrator.orchestrator import Orchestrator
+from rollcast.rollout.orchestrator.schedule import Mode
+from rollcast.rollout.pool.dispatcher import Repeatable
 from rollcast.rollout.pool.pool import Pool
-from rollcast.rollout.pool.repeatable import Repeatable
-from rollcast.rollout.protocol.registry import Roster
+from rollcast.rollout.protocol.registry import Card, Roster
 from rollcast.rollout.sync.broadcaster import PoolBroadcaster
 
 logger = logging.getLogger(__name__)

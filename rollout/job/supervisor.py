@@ -17,11 +17,11 @@ import msgspec
 from torch import distributed as dist
 
 from rollcast.comm import Deadline
-from rollcast.comm.transport.base import reachable_host
+from rollcast.comm.transport.rendezvous import reachable_host
 from rollcast.rollout.config import CPU_WEIGHTS_VARIABLE, RolloutConfig
-from rollcast.rollout.engine.starting import Launch
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.job.world import World, without_torchrun
+from rollcast.rollout.protocol.messages import Launch
 from rollcast.rollout.protocol.registry import Roster
 
 POLL_S = 0.1

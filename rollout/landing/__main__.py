@@ -13,8 +13,8 @@ from rich.table import Table
 
 from rollcast.comm import Manifest, Move, TransferPlan, build_transfer
 from rollcast.rollout.config import CPU_WEIGHTS, CPU_WEIGHTS_VARIABLE, DTYPES, RolloutConfig
-from rollcast.rollout.landing.layout import choose_cpu_layout
 from rollcast.rollout.landing.plan import LandingPlan
+from rollcast.rollout.landing.vllm_reload import choose_cpu_layout
 
 EXAMPLES = """examples:
   python -m rollcast.rollout.landing --model ~/models/Qwen3-8B
@@ -86,9 +86,9 @@ def overview(folder: str, *, size: int, dtype: str, bucket_bytes: int, expert_pa
     """Compile the plan of every tensor-parallel rank of an engine for the model."""
     import torch
 
+    from rollcast.rollout.errors import LandingError
     from rollcast.rollout.landing.compiler import compile_landing
     from rollcast.rollout.landing.offline import OfflineModels, checkpoint_manifest, missing_architecture
-    from rollcast.rollout.landing.tape import LandingError
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
     settings = missing_architecture(folder) | ({"enable_expert_parallel": True} if expert_parallel else {})

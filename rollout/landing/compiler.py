@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from rollcast.comm import Manifest, Move, Region
-from rollcast.rollout.landing.order import check_order
+from rollcast.rollout.errors import LandingError
+from rollcast.rollout.landing.coverage import Elements
 from rollcast.rollout.landing.plan import Fill, LandingPlan, Stage, Target
 from rollcast.rollout.landing.post_load import derived_attention, staged_modules
 from rollcast.rollout.landing.recorder import Recorder
-from rollcast.rollout.landing.tape import LandingError, Op, Ref, mark_transforms
+from rollcast.rollout.landing.tape import Op, Ref, mark_transforms
 from rollcast.rollout.landing.vllm_reload import live_tensors, load_format
 
 Loader = Callable[[Iterator[tuple[str, torch.Tensor]]], Any]
@@ -233,3 +234,35 @@ def _layout(tensor: torch.Tensor) -> Region:
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def check_order(ops: Sequence[Op], owned: Any) -> None:
+    """Raise `LandingError` if `ops`, in the loader's order, would have another outcome in the plan's.
+
+    `owned`: the live tensors that are loaded together. Of others nothing can be read.
+    """
+    written: dict[int | str, Elements] = defaultdict(Elements)
+    loaded: dict[int | str, Elements] = defaultdict(Elements)
+    computed: dict[int | str, Elements] = defaultdict(Elements)
+    for op in ops:
+        for ref in op.reads():
+            if ref.kind != "live":
+                continue
+            if ref.key not in owned:
+                raise LandingError(f"the loader computes with {ref.key}, which belongs to another module")
+            if not written[ref.key].covers(ref.region):
+                raise LandingError(f"the loader computes with the old values of {ref.key}")
+            computed[ref.key].add(ref.region)
+        target = op.target
+        if target is None or target.kind != "live":
+            continue
+        key, region = target.key, target.region
+        if op.fills and loaded[key].overlaps(region):
+            raise LandingError(f"the loader overwrites a part of {key} that it has loaded")
+        if op.is_plain and computed[key].overlaps(region):
+            raise LandingError(f"the loader sets a part of {key} that it has computed with")
+        written[key].add(region)
+        if not op.fills:
+            loaded[key].add(region)
+        if not op.is_plain:
+            computed[key].add(region)

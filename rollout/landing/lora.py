@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from rollcast.comm import Manifest, Move, ParamSpec, VerifyError
-from rollcast.comm.plan.region import flat_bytes
+from rollcast.comm.device.storage import flat_bytes
+from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.compiler import assemble, record
 from rollcast.rollout.landing.plan import LandingPlan, Target
-from rollcast.rollout.landing.tape import LandingError, carry_out
+from rollcast.rollout.landing.tape import carry_out
 from rollcast.rollout.lora import adapter_id
 
 A, B = ".lora_A.weight", ".lora_B.weight"

@@ -16,8 +16,7 @@ import msgspec
 import torch
 
 from rollcast.comm import Manifest, Move, Region
-from rollcast.rollout.landing.coverage import coverage
-from rollcast.rollout.landing.relatives import Relatives
+from rollcast.rollout.landing.coverage import Relatives, coverage
 from rollcast.rollout.landing.tape import Op, Ref, from_plain, to_plain
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rollcast.comm.device.checksum import checksum
-from rollcast.comm.plan.region import flat_bytes
+from rollcast.comm.device.storage import flat_bytes
 from rollcast.rollout.landing.vllm_reload import (
     LoadFormat,
     attention_layers,

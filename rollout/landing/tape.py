@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rollcast.comm import Region
-from rollcast.rollout.errors import RollcastError
+from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.coverage import Elements
 
 COPY = "aten.copy_.default"
@@ -17,10 +17,6 @@ COPY = "aten.copy_.default"
 FILLS = frozenset({"aten.zero_.default", "aten.fill_.Scalar"})
 # Arguments that say where a result is put; when carried out again it is put where the weights are.
 PLACES = frozenset({"device", "pin_memory"})
-
-
-class LandingError(RollcastError):
-    """The engine's model cannot take these weights in place."""
 
 
 @dataclass(frozen=True, slots=True)

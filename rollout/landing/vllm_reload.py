@@ -1,5 +1,6 @@
 """vLLM's own hooks for loading weights a second time (worker; the one place that knows them, vLLM 0.26 to 0.33)."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rollcast.rollout.landing.tape import LandingError
+from rollcast.rollout.config import CPU_WEIGHTS, CPU_WEIGHTS_VARIABLE
+from rollcast.rollout.errors import LandingError
 
 Tensors = dict[str, torch.Tensor]
 PROBE_ROWS = 8
@@ -223,3 +225,22 @@ def _fresh(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
 def _put(place: dict[str, Any], tensors: Mapping[str, Any]) -> None:
     place.clear()
     place.update(tensors)
+
+
+def choose_cpu_layout() -> None:
+    """Keep linears as they are loaded if the environment says "plain" (before the model is loaded; CPU only).
+
+    By default vLLM's CPU kernels pack every linear weight after loading, and drop the original. "plain" is the
+    layout that weights have on CUDA.
+    """
+    from vllm.platforms import current_platform
+
+    if os.environ.get(CPU_WEIGHTS_VARIABLE, CPU_WEIGHTS[0]) != "plain" or not current_platform.is_cpu():
+        return
+    from vllm import _custom_ops
+    from vllm.model_executor.layers import utils
+
+    vllm_ops: Any = _custom_ops
+    vllm_ops._supports_onednn = False
+    linear_utils: Any = utils
+    linear_utils.check_cpu_sgl_kernel = lambda *_: False

@@ -13,7 +13,6 @@ from rollcast.comm import Deadline
 from rollcast.comm.agreement import Agreement, unanimous
 from rollcast.rollout.errors import OrchestratorError
 from rollcast.rollout.orchestrator.generation import Background, Batch
-from rollcast.rollout.orchestrator.modes import Mode
 from rollcast.rollout.orchestrator.schedule import (
     Action,
     Begun,
@@ -21,6 +20,7 @@ from rollcast.rollout.orchestrator.schedule import (
     Event,
     Generate,
     Generated,
+    Mode,
     Phase,
     State,
     Sync,

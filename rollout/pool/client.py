@@ -1,25 +1,23 @@
 """Connections to the engines: requests, replies, and the end of what waits for an engine that is lost (trainer)."""
 
-import contextlib
 import itertools
 import logging
-import os
-import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
 
 from rollcast.comm import Deadline
+from rollcast.comm.deadline import SPIN_S, nap
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.protocol.connection import ID_BYTES, frame
-from rollcast.rollout.protocol.messages import Failed, Reply, Request
+from rollcast.rollout.protocol.connection import ID_BYTES, _Line, frame
+from rollcast.rollout.protocol.messages import Failed, Reply, Request, named
 from rollcast.rollout.protocol.registry import Roster
-from rollcast.rollout.protocol.replies import collect, named
 from rollcast.rollout.protocol.sampling import Piece
 
 WATCH_S = 0.25
@@ -172,32 +170,24 @@ def _hand_over(reply: Reply, waiting: _Waiting) -> None:
         waiting.future.set_result(reply)
 
 
-class _Line:
-    """A connection to an engine's service."""
+def collect(futures: "Sequence[Future[Reply]]", *, deadline: Deadline | None = None, soon: bool = False) -> list[Reply]:
+    """Wait for all answers. Raises one `EngineError` with what every failed engine said.
 
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
+    If they come `soon`, do not sleep: waking up would take as long.
+    """
+    start = time.perf_counter()
+    while soon and not all(future.done() for future in futures) and time.perf_counter() - start < SPIN_S:
+        nap(start, gentle=False)
+    replies: list[Reply] = []
+    failures: list[str] = []
+    for engine, future in enumerate(futures):
         try:
-            self._socket = socket.create_connection((host, int(port)))
-        except OSError as error:
-            raise OSError(f"the engine at {address} cannot be reached: {error}") from None
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A descriptor of its own: the socket stays ours, to be shut down from any thread.
-        self._connection = Connection(os.dup(self._socket.fileno()))
-        self._sending = threading.Lock()
-
-    def send(self, frames: bytes) -> None:
-        """Send whole messages, unless the engine has ended."""
-        with self._sending, contextlib.suppress(OSError):
-            self._socket.sendall(frames)
-
-    def messages(self) -> Iterator[bytes]:
-        """What comes, until the connection ends."""
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                yield self._connection.recv_bytes()
-
-    def close(self) -> None:
-        """End it, from any thread. Idempotent."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            replies.append(future.result(deadline.left_s() if deadline else None))
+        except EngineError as error:
+            failures.append(str(error))
+        except FutureTimeoutError:
+            assert deadline is not None
+            failures.append(f"engine {engine} did not answer within {deadline.timeout_s:g} s")
+    if failures:
+        raise EngineError("\n".join(failures))
+    return replies

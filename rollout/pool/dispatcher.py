@@ -2,21 +2,59 @@
 
 import contextlib
 import itertools
+import random
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
-from rollcast.rollout.job.preflight import check_prompts
+import msgspec
+
 from rollcast.rollout.pool.client import Links
 from rollcast.rollout.pool.metrics import Metrics
-from rollcast.rollout.pool.repeatable import Batch, Repeatable
 from rollcast.rollout.pool.router import Router
-from rollcast.rollout.protocol.messages import Abort, Generate, Generated, Reply, RunBatch
+from rollcast.rollout.protocol.messages import Abort, Generate, Generated, Reply, RunBatch, expect
 from rollcast.rollout.protocol.registry import Roster
-from rollcast.rollout.protocol.replies import expect
 from rollcast.rollout.protocol.sampling import Completion, Piece, Sampling, plain_tokens
+
+
+class Repeatable:
+    """For `RolloutConfig(deterministic=True)`. Draws the same seeds for the same requests in the same order."""
+
+    def __init__(self, seed: int, *, rank: int) -> None:
+        self._random = random.Random(f"{seed}/{rank}")
+        self._names = (f"{rank}/{number}" for number in itertools.count())
+
+    def seeded(self, sampling: Sampling) -> Sampling:
+        """With a seed of its own, unless it has one."""
+        if sampling.seed is not None:
+            return sampling
+        return msgspec.structs.replace(sampling, seed=self._random.getrandbits(31))
+
+    @contextlib.contextmanager
+    def batch(self, run: Callable[[int, str], object]) -> "Iterator[Batch]":
+        """Requests that are sent meanwhile are a batch; `run(engine, name)` is called when all are sent."""
+        batch = Batch(next(self._names))
+        try:
+            yield batch
+        finally:
+            # After a failure, too: those that were sent wait for it, even to be aborted.
+            for engine in sorted(batch.engines):
+                run(engine, batch.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Requests that an engine runs together."""
+
+    name: str
+    engines: set[int] = field(default_factory=set)
+
+    def joined_by(self, engine: int) -> str:
+        """The name, for a request that goes there."""
+        self.engines.add(engine)
+        return self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +205,15 @@ class Dispatch(Links):
             stream=stream,
             batch=batch.joined_by(trip.engine) if batch else "",
         )
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], *, max_model_len: int) -> None:
+    """Every prompt must leave room for one token. Raises `ValueError` naming the first that does not."""
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {index} is empty: an engine needs at least one token")
+        if len(prompt) >= max_model_len:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, but max_model_len is {max_model_len} "
+                "(prompt and completion together): shorten it or raise max_model_len"
+            )

@@ -19,8 +19,8 @@ from rollcast.rollout.protocol.messages import (
     Fingerprints,
     Sleep,
     WakeUp,
+    expect,
 )
-from rollcast.rollout.protocol.replies import expect
 from rollcast.rollout.protocol.sampling import Completion, Piece, Sampling
 
 SLEEP_TAGS = frozenset({"weights", "kv_cache"})

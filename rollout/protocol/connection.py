@@ -5,8 +5,13 @@ sync of a small model is over in a few milliseconds.
 """
 
 import asyncio
+import contextlib
+import os
+import socket
 import struct
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
+from multiprocessing.connection import Connection
 
 # As `multiprocessing.connection` does it, up to 2 GiB.
 HEAD = struct.Struct("!i")
@@ -28,3 +33,34 @@ async def frames(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
             yield await reader.readexactly(size)
     except (asyncio.IncompleteReadError, OSError):
         return
+
+
+class _Line:
+    """A connection to an engine's service."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        try:
+            self._socket = socket.create_connection((host, int(port)))
+        except OSError as error:
+            raise OSError(f"the engine at {address} cannot be reached: {error}") from None
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A descriptor of its own: the socket stays ours, to be shut down from any thread.
+        self._connection = Connection(os.dup(self._socket.fileno()))
+        self._sending = threading.Lock()
+
+    def send(self, frames: bytes) -> None:
+        """Send whole messages, unless the engine has ended."""
+        with self._sending, contextlib.suppress(OSError):
+            self._socket.sendall(frames)
+
+    def messages(self) -> Iterator[bytes]:
+        """What comes, until the connection ends."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                yield self._connection.recv_bytes()
+
+    def close(self) -> None:
+        """End it, from any thread. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)

@@ -1,6 +1,6 @@
 """Everything that crosses the control plane: msgspec structs, msgpack on the wire, no pickle (every process)."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -225,3 +225,44 @@ Request = (
     | WakeUp
 )
 Reply = Piece | Generated | Prepared | LandingPlans | Received | Description | Fingerprints | Called | Done | Failed
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process is told when it starts (JSON on its standard input)."""
+
+    engine: int
+    host: str
+    """Address to bind the service to."""
+    device: str
+    dtype: str
+    model: str
+    max_model_len: int
+    tensor_parallel_size: int
+    worker_extension_cls: str
+    load_format: str
+    seed: int
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end a completion unless `Sampling.ignore_eos`."""
+    enforce_eager: bool
+    gpu_memory_utilization: float
+    max_num_seqs: int | None
+    sync_asleep: str
+    deterministic: bool
+    openai_port: int | None
+    openai_flags: tuple[str, ...]
+    lora_rank: int | None
+    lora_versions: int
+    engine_args: dict[str, Any]
+
+
+R = TypeVar("R")
+
+
+def expect(reply: Reply, kind: type[R]) -> R:
+    """The reply, which must be of the given kind."""
+    assert isinstance(reply, kind), reply
+    return reply
+
+
+def named(engine: int, text: str) -> str:
+    return text if text.startswith(f"engine {engine}") else f"engine {engine}: {text}"

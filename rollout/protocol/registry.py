@@ -3,6 +3,7 @@
 import time
 from contextlib import suppress
 
+import msgspec
 from torch import distributed as dist
 
 from rollcast.comm import Deadline
@@ -74,3 +75,23 @@ class Roster:
     def all_left(self) -> bool:
         """Whether every leader has stopped its engine."""
         return self._store.add("left", 0) >= self.engines
+
+
+class Card(msgspec.Struct, frozen=True):
+    """What one rank runs on."""
+
+    host: str
+    gpu: str | None
+    """UUID of the rank's GPU; None on CPU."""
+    gpus_visible: int
+    address: str = "127.0.0.1"
+    """Where other machines reach the rank."""
+    settings: dict[str, str] = msgspec.field(default_factory=dict)
+    """Its `NCCL_*` variables."""
+    free_bytes: int = 0
+    used_bytes: int = 0
+    """Memory of the GPU before anything of this job is on it."""
+    links: dict[str, str] = msgspec.field(default_factory=dict)
+    """How its GPU is joined to the machine's others, by UUID."""
+    problem: str = ""
+    """Why the rank cannot take part."""

@@ -70,3 +70,6 @@ def plain_tokens(prompt: Sequence[int]) -> list[int]:
         return list(map(operator.index, prompt))
     except TypeError as error:
         raise ValueError(f"a prompt is a sequence of token ids: {error}") from None
+
+
+VERSION_HEADER = "x-rollcast-version"

@@ -1,21 +1,24 @@
 """One sync, from the trainer's call until the engines serve the new version (every trainer rank)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
+
+import torch
 
 from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightBroadcaster, WeightSource
 from rollcast.comm.agreement import Agreement, first_error, unanimous
+from rollcast.comm.device.nvml import GpuReport, GpuState, gpu_state, gpu_uuid
 from rollcast.comm.report import WorkerReport
 from rollcast.rollout.config import How, RolloutConfig
 from rollcast.rollout.errors import SyncError
-from rollcast.rollout.job.preflight import Card
+from rollcast.rollout.pool.client import collect
 from rollcast.rollout.pool.pool import Pool
 from rollcast.rollout.protocol.messages import Reply
-from rollcast.rollout.protocol.replies import collect, words_of, worker_reports
-from rollcast.rollout.sync.hardware import GpuWatch
+from rollcast.rollout.protocol.registry import Card
 from rollcast.rollout.sync.lanes import Lanes
-from rollcast.rollout.sync.session import Commands
+from rollcast.rollout.sync.session import Commands, words_of, worker_reports
 
 # Shares of the sync's timeout. What is left after the wire is for asking the engines what went wrong and for
 # telling the other ranks, so that all of them raise in time.
@@ -222,3 +225,31 @@ class PoolBroadcaster:
             raise SyncError(f"sync of version {version} failed: {words}") from error
         self.version, self._agreed = version, True
         self._commands.settle()
+
+
+class GpuWatch:
+    """Looks at the GPUs before and after a sync.
+
+    with GpuWatch(pool, device).during() as watch:
+        ...
+    watch.reports
+    """
+
+    def __init__(self, pool: Pool, device: torch.device) -> None:
+        self._pool = pool
+        self._device = device
+        self.reports: tuple[GpuReport, ...] = ()
+
+    @contextmanager
+    def during(self) -> "Iterator[GpuWatch]":
+        """Watch what happens inside. On CPU there is nothing to see."""
+        before = self._states()
+        yield self
+        pairs = zip(before, self._states(), strict=True)
+        self.reports = tuple(GpuReport.between(rank, *pair) for rank, pair in enumerate(pairs))
+
+    def _states(self) -> Sequence[GpuState]:
+        if self._device.type != "cuda":
+            return []
+        theirs = [GpuState(**state) for engine in self._pool.call_workers("rollcast_gpu_state") for state in engine]
+        return [gpu_state(gpu_uuid(self._device)), *theirs]

@@ -13,13 +13,21 @@ from torch import distributed as dist
 from rollcast.comm import Deadline, Group, Lane, Manifest, TransferPlan, build_transfer, host_store, join_group
 from rollcast.comm.agreement import Agreement, first_error
 from rollcast.comm.device.nvml import NVLINK
-from rollcast.comm.transport.base import connect_store
+from rollcast.comm.transport.rendezvous import connect_store
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import RollcastError
-from rollcast.rollout.job.preflight import Card
+from rollcast.rollout.pool.client import collect
 from rollcast.rollout.pool.pool import Pool
-from rollcast.rollout.protocol.messages import Assignment, DescribeLanding, JoinGroup, LandingPlans, Prepare, Prepared
-from rollcast.rollout.protocol.replies import collect, expect
+from rollcast.rollout.protocol.messages import (
+    Assignment,
+    DescribeLanding,
+    JoinGroup,
+    LandingPlans,
+    Prepare,
+    Prepared,
+    expect,
+)
+from rollcast.rollout.protocol.registry import Card
 
 PREPARED, FAILED = "prepared ", "failed "
 # What is left of the deadline is for telling the other ranks.

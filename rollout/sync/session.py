@@ -1,15 +1,16 @@
 """What the engines are asked to do in a sync (trainer rank 0; the other ranks ask nothing)."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict
 
 from rollcast.comm import Deadline, Group, TransferPlan
+from rollcast.comm.report import WorkerReport
 from rollcast.rollout.config import How, RolloutConfig
 from rollcast.rollout.errors import EngineError
+from rollcast.rollout.pool.client import collect
 from rollcast.rollout.pool.pool import Pool
-from rollcast.rollout.protocol.messages import Abandon, Commit, Receive, Reply, Request, Settle
-from rollcast.rollout.protocol.replies import WORDS_SHARE
+from rollcast.rollout.protocol.messages import Abandon, Commit, Receive, Received, Reply, Request, Settle, expect
 
 
 class Commands:
@@ -84,3 +85,29 @@ class Commands:
     def _tell(self, request: Request) -> None:
         for engine in self._engines:
             self._pool.request(engine, request)
+
+
+# Of a sync's timeout: how long an engine may take to say what went wrong.
+WORDS_SHARE = 0.1
+
+
+def worker_reports(replies: Sequence[Reply]) -> list[WorkerReport]:
+    """What every worker of every engine says of a sync."""
+    return [
+        WorkerReport(worker.rank, worker.phases_s) for reply in replies for worker in expect(reply, Received).workers
+    ]
+
+
+def words_of(error: Exception | None, receiving: "Sequence[Future[Reply]]", *, timeout_s: float) -> str:
+    """What went wrong in a sync of `timeout_s`, for ranks and user: an engine's own words if it has any."""
+    if error is None:
+        return ""
+    wait(receiving, timeout=timeout_s * WORDS_SHARE)
+    try:
+        collect([future for future in receiving if future.done()])
+    except EngineError as theirs:
+        return str(theirs)
+    silent = [str(engine) for engine, future in enumerate(receiving) if not future.done()]
+    suffix = f"; no answer from engine {', '.join(silent)}" if silent else ""
+    timeout = f" (sync_timeout_s is {timeout_s:g})" if silent else ""
+    return (str(error) or type(error).__name__) + suffix + timeout

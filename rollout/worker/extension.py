@@ -13,9 +13,9 @@ from typing import Any
 from rollcast.comm import Deadline, Lane, Manifest, join_group
 from rollcast.comm.device.nvml import gpu_state, gpu_uuid
 from rollcast.comm.plan.buckets import fill_buckets
-from rollcast.rollout.landing.layout import choose_cpu_layout
+from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.lora import is_adapter, register_adapters
-from rollcast.rollout.landing.tape import LandingError
+from rollcast.rollout.landing.vllm_reload import choose_cpu_layout
 from rollcast.rollout.protocol.messages import Assignment
 from rollcast.rollout.protocol.worker_channel import Bell
 from rollcast.rollout.worker.fingerprint import fingerprints

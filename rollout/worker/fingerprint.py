@@ -8,7 +8,7 @@ from torch import nn
 
 from rollcast.comm import VerifyError
 from rollcast.comm.device.checksum import checksum
-from rollcast.comm.plan.region import flat_bytes
+from rollcast.comm.device.storage import flat_bytes
 from rollcast.rollout.landing.vllm_reload import Tensors, live_tensors, probe
 
 SHOWN = 10

@@ -7,7 +7,7 @@ import torch
 
 from rollcast.comm import Deadline, Group, Landing, Lane, PhaseTimer, WeightReceiver
 from rollcast.comm.device.fused_copy import FusedCopy
-from rollcast.rollout.landing.tape import LandingError
+from rollcast.rollout.errors import LandingError
 
 # Of the GPU's memory: what vLLM may still need for itself.
 SPARE_BYTES = 1 << 30

@@ -11,11 +11,11 @@ from torch import nn
 
 from rollcast.comm import Deadline, Group, Lane, Manifest, PhaseTimer, WeightReceiver
 from rollcast.comm.deadline import nap
+from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
 from rollcast.rollout.landing.lora import AdapterLanding, compile_adapter
 from rollcast.rollout.landing.plan import LandingPlan
-from rollcast.rollout.landing.tape import LandingError
 from rollcast.rollout.protocol.worker_channel import Bell
 from rollcast.rollout.worker.fingerprint import hashes, raise_if_changed
 from rollcast.rollout.worker.shadow import Shadow, spare_bytes

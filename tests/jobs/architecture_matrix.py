@@ -25,10 +25,9 @@ from safetensors.torch import load_file
 from rollcast.comm import WeightSource
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
-from rollcast.rollout.landing.layout import choose_cpu_layout
 from rollcast.rollout.landing.offline import OfflineModels
 from rollcast.rollout.landing.plan import LandingPlan
-from rollcast.rollout.landing.vllm_reload import live_tensors, probe
+from rollcast.rollout.landing.vllm_reload import choose_cpu_layout, live_tensors, probe
 
 Tensors = dict[str, torch.Tensor]
 

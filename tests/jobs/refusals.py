@@ -13,8 +13,8 @@ from models import build
 from rollcast.comm import WeightSource
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.engine.engine import Engine
-from rollcast.rollout.engine.starting import Launch
 from rollcast.rollout.errors import EngineError
+from rollcast.rollout.protocol.messages import Launch
 
 
 async def main() -> None:

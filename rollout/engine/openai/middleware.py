@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from rollcast.rollout.engine.openai.client import TOLD, Told
+from rollcast.rollout.protocol.sampling import VERSION_HEADER
 
-VERSION_HEADER = "x-rollcast-version"
 JSON, EVENTS = "application/json", "text/event-stream"
 EVENT = "data: "
 OF_BODY = (b"content-type", b"content-length")

@@ -13,7 +13,7 @@ import uvicorn
 
 from rollcast.rollout.engine.openai.client import VersionedClient
 from rollcast.rollout.engine.openai.middleware import TellVersions
-from rollcast.rollout.engine.starting import Launch
+from rollcast.rollout.protocol.messages import Launch
 
 POLL_S = 0.01
 # vLLM moved its command line between the versions that are supported.
