@@ -22,7 +22,7 @@ os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "ROL
 
 import torch
 import transformers
-from latency_models import with_single_experts
+from latency.models import with_single_experts
 from machine_card import commit, cpu_card, versions
 from rich.console import Console
 from rich.table import Table

@@ -56,10 +56,10 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def torchrun(script: Path, *arguments: str, ranks: int) -> list[str]:
+def torchrun(*arguments: str | Path, ranks: int) -> list[str]:
     """The command of a job on this machine; see `job_environ`."""
     job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*job, str(script), *arguments]
+    return [*job, *map(str, arguments)]
 
 
 def job_environ() -> dict[str, str]:

@@ -91,7 +91,7 @@ def serve(load: Load) -> None:
         "enforce_eager": load.eager,
         "gpu_memory_utilization": 0.4,
         "logprobs_mode": "processed_logprobs",
-        "worker_extension_cls": "latency_facts.FactsWorker",
+        "worker_extension_cls": "latency.facts.FactsWorker",
     }
     llm = LLM(load.model, **settings)
     how: dict[str, Any] = {"ignore_eos": True, "detokenize": False, "logprobs": 0, "flat_logprobs": True}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latency_models import SHAPES, write_config
+from latency.models import SHAPES, write_config
 from machine_card import commit, job_environ, machine_card, torchrun, versions
 from pool_llm import Load, OtherSide, other_side
 
@@ -84,7 +84,7 @@ def run_rank(load: Load, rounds: int, out: Path) -> None:
         load_format="dummy",
         enforce_eager=load.eager,
         gpu_memory_utilization=0.4,
-        worker_extension_cls="pool_worker.PoolWorker",
+        worker_extension_cls="latency.worker.PoolWorker",
         # The trainer needs no GPU here.
         colocate=shared,
     )
@@ -129,7 +129,7 @@ def check_settings(pool: dict[str, Any], llm: dict[str, Any]) -> None:
 
 def summary(pairs: list[Times], options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second, and the median of the ratios: neighbours in time share the weather."""
-    from latency_stats import interval_of_median
+    from latency.stats import interval_of_median
 
     tokens = options.requests * options.max_tokens
     ours, theirs = ([seconds for times in pairs for seconds in times[side]] for side in ("pool", "llm"))

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latency_models import SHAPES
-from latency_plot import draw
-from latency_report import markdown, show
-from latency_run import Runner
-from latency_spec import METHODS
-from latency_stats import with_ratios
+from latency.models import SHAPES
+from latency.plot import draw
+from latency.report import markdown, show
+from latency.run import Runner
+from latency.spec import METHODS
+from latency.stats import with_ratios
 from machine_card import commit, versions
 
 

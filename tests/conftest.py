@@ -1,14 +1,9 @@
-"""Makes the helpers of test jobs and the benchmarks importable; shares out the GPUs."""
+"""Share out the GPUs between processes of pytest-xdist."""
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 from shares import share_of
-
-TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS / "jobs"), str(TESTS.parent / "benchmarks")]
 
 if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.device_count():
     # `-n 2` on four GPUs runs two GPU tests at a time.

@@ -1,0 +1,139 @@
+"""Starts the latency benchmark's jobs and gathers what they found (the command's process)."""
+
+import argparse
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from machine_card import job_environ, machine_card, torchrun
+
+from latency.models import manifest_of, write_config
+from latency.spec import JobSpec, Line, read
+from latency.stats import Row
+
+RANKS = 2
+START_S = 240.0
+# Of a method, in units of `--max-seconds`: repeats, and what is not timed.
+SHARES = 2
+STOP_S = 60.0
+# vLLM's KV cache and activations beside the weights; what a GPU without shadow buffers must leave free.
+ENGINE_BYTES = 40e9
+LEAST_ENGINE_BYTES = 8e9
+FREE_BYTES = 6e9
+
+
+@dataclass
+class Found:
+    """What one model's job found."""
+
+    rows: list[Row] = field(default_factory=list)
+    ceilings: dict[str, Any] = field(default_factory=dict)
+    engines: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def take(self, line: Line) -> None:
+        """Sort one line of the job's in."""
+        match line.kind:
+            case "row":
+                self.rows.append(line.content)
+            case "ceilings":
+                self.ceilings = line.content
+            case "engine":
+                self.engines.append(line.content)
+            case "error":
+                self.errors.append(line.content)
+
+
+class Runner:
+    """Runs one model at a time on this machine's first two GPUs, or on its CPU."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        on_gpus = torch.cuda.device_count() > 0 if options.device == "auto" else options.device == "cuda"
+        self._device = "cuda" if on_gpus else "cpu"
+        self.told_to_end = False
+        """Whether somebody has lost patience: what is known by then is the result."""
+        signal.signal(signal.SIGTERM, self._end)
+        self.machine: dict[str, Any] = machine_card(gpus=RANKS if on_gpus else 0)
+
+    def run(self, model: str, *, ceilings: bool) -> Found:
+        """Measure one model. Every method has a row in the end, if only to say why it has no numbers."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            results = folder / "results.jsonl"
+            results.touch()
+            write_config(model, folder / "model")
+            spec = self._spec(model, folder, results=results, ceilings=ceilings)
+            (folder / "spec.json").write_bytes(msgspec.json.encode(spec))
+            ended = self._start(folder, timeout_s=START_S + SHARES * spec.max_seconds * len(spec.methods))
+            found = Found()
+            for line in read(results):
+                found.take(line)
+        missing = [method for method in spec.methods if method not in {row["method"] for row in found.rows}]
+        why = "; ".join(found.errors) or ended
+        found.rows += [{"model": model, "method": method, "error": why} for method in missing]
+        return found
+
+    def _spec(self, model: str, folder: Path, *, results: Path, ceilings: bool) -> JobSpec:
+        options = self._options
+        return JobSpec(
+            model=model,
+            folder=str(folder / "model"),
+            device=self._device,
+            methods=tuple(options.methods),
+            repeats=options.repeats,
+            decode=options.decode,
+            eager=options.eager or self._device == "cpu",
+            max_seconds=options.max_seconds,
+            gpu_memory_utilization=self._utilization(manifest_of(folder / "model").nbytes),
+            ceilings=ceilings,
+            results=str(results),
+        )
+
+    def _utilization(self, weight_bytes: int) -> float:
+        """The share of a GPU that vLLM may fill: a copy of the weights must fit beside it."""
+        total = self.machine.get("gpu_memory_bytes")
+        if total is None:
+            return 0.9
+        beside = min(ENGINE_BYTES, total - 2 * weight_bytes - FREE_BYTES)
+        return min((weight_bytes + max(beside, LEAST_ENGINE_BYTES)) / total, 0.92)
+
+    def _start(self, folder: Path, *, timeout_s: float) -> str:
+        """Run the job to its end; how it ended."""
+        # Standard output is for the document.
+        process = subprocess.Popen(
+            torchrun("-m", "latency.job", str(folder / "spec.json"), ranks=RANKS),
+            stdout=sys.stderr,
+            env=job_environ(),
+            cwd=folder,
+        )
+        try:
+            return f"the job ended with code {process.wait(timeout_s)} before this was measured"
+        except subprocess.TimeoutExpired:
+            return f"the job did not end within {timeout_s:.0f} s"
+        except InterruptedError:
+            return "the benchmark was told to end before this was measured"
+        finally:
+            _stop(process)
+
+    def _end(self, *_: object) -> None:
+        if not self.told_to_end:
+            self.told_to_end = True
+            raise InterruptedError
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """torchrun stops its ranks when it is told to end."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

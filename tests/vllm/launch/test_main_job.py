@@ -1,0 +1,171 @@
+"""The main job, as a person starts it: it learns, engine and trainer agree, and the report says so."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import build
+from torchrun import Finished, job_script, run_job
+
+from rollcast.launch.grpo.tiny_model import character_tokenizer
+
+# Of a step, what tokens and weights decide.
+SAME = ("reward", "logprob_mean_diff", "logprob_max_diff", "loss", "tokens")
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+
+def run_grpo(tmp_path: Path, *flags: str, ranks: int = 2) -> tuple[Finished, dict[str, Any]]:
+    done = run_job("-m", "rollcast.launch.grpo", *flags, ranks=ranks, cwd=tmp_path, timeout_s=360)
+    reports = list(tmp_path.glob("runs/*/report.json"))
+    return done, json.loads(reports[0].read_text()) if reports else {}
+
+
+def check_learned(report: dict[str, Any], *, staleness: int = 0) -> None:
+    rewards = [step["reward"] for step in report["steps"]]
+    first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
+    assert last >= 0.9 and last - first >= 0.6, rewards
+    assert report["final"]["reward"] >= 0.9
+    check_agreement(report, staleness=staleness)
+
+
+def check_agreement(report: dict[str, Any], *, staleness: int = 0) -> None:
+    """`staleness` is the greatest that there may be, and that there was."""
+    steps = report["steps"]
+    assert report["status"] == "ok"
+    assert [step["policy_version"] for step in steps] == list(range(1, len(steps) + 1))
+    assert [step["sync"]["version"] for step in steps] == [step["policy_version"] for step in steps]
+    assert max(step["staleness_max"] for step in steps) == report["staleness_max"] == staleness
+    assert all(step["logprob_max_diff"] is not None for step in steps if step["staleness_max"] == 0)
+    compared = [step for step in [*steps, report["final"]] if step["logprob_max_diff"] is not None]
+    # Two implementations never agree to the last bit.
+    assert any(step["logprob_mean_diff"] > 0 for step in compared), "nothing was compared"
+    assert all(step["logprob_mean_diff"] <= step["logprob_max_diff"] <= 1e-3 for step in compared)
+    assert all(step["logprob_mean_diff"] <= 1e-4 for step in compared)
+    for step in steps:
+        # In the other modes a batch may be there already.
+        assert {"generate", "agree", "train", "sync"} - set(step["phase_s"]) <= ({"generate"} if staleness else set())
+        assert {"plan", "gather", "pack", "wire", "apply", "control", "total"} <= set(step["sync"]["phases_s"])
+        assert step["sync"]["nbytes"] > 100_000 and step["sync"]["gb_per_s"] > 0
+
+
+def test_it_learns_from_scratch(tmp_path: Path) -> None:
+    done, report = run_grpo(tmp_path, "--seed", "7")
+    assert done.code == 0, done.output
+    check_learned(report)
+    assert report["config"]["seed"] == 7
+    assert report["versions"]["vllm"] and report["versions"]["torch"]
+    assert len(report["steps"]) >= 20
+    assert next(tmp_path.glob("runs/*/curve.png")).stat().st_size > 10_000
+    assert "INFO" not in done.output, "vLLM's log belongs in the run folder"
+
+
+@pytest.mark.slow
+def test_two_trainers_and_two_engines_learn(tmp_path: Path) -> None:
+    done, report = run_grpo(tmp_path, "--trainers", "2", ranks=4)
+    assert done.code == 0, done.output
+    check_learned(report)
+    assert all(len(step["sync"]["workers"]) == 2 for step in report["steps"])
+
+
+@pytest.mark.timeout(500)
+def test_the_same_seed_gives_the_same_curve(tmp_path: Path) -> None:
+    reports: list[dict[str, Any]] = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        done, report = run_grpo(tmp_path / name, "--deterministic", "--seed", "5", "--steps", "12", ranks=3)
+        assert done.code == 0, done.output
+        check_agreement(report)
+        reports.append(report)
+    one, other = ([{key: its[key] for key in SAME} for its in report["steps"]] for report in reports)
+    assert one == other
+
+
+def test_generation_goes_on_while_training_runs(tmp_path: Path) -> None:
+    flags = ["--mode", "async", "--max-staleness", "2", "--steps", "40"]
+    done, report = run_grpo(tmp_path, *flags)
+    assert done.code == 0, done.output
+    check_agreement(report, staleness=2)
+    assert (report["mode"], report["samples_dropped"]) == ("async", 0)
+    assert "at most 2 versions, 0 dropped" in done.output
+    # Each batch but the first few was there before it was wanted, or nearly.
+    assert sum("generate" not in step["phase_s"] for step in report["steps"]) >= 5
+    rewards = [step["reward"] for step in report["steps"]]
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5, rewards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["one_step_off"], ["async"], ["async", "--stale", "drop"]], ids=" ".join)
+def test_it_learns_as_well_in_every_mode(tmp_path: Path, flags: list[str]) -> None:
+    done, report = run_grpo(tmp_path, "--mode", *flags)
+    assert done.code == 0, done.output
+    check_learned(report, staleness=1 if flags[0] == "one_step_off" else 2)
+    assert report["mode"] == flags[0]
+
+
+@pytest.mark.slow
+def test_two_trainers_and_two_engines_in_async_mode(tmp_path: Path) -> None:
+    flags = ["--trainers", "2", "--mode", "async", "--stale", "drop", "--max-staleness", "1", "--steps", "8"]
+    done, report = run_grpo(tmp_path, *flags, ranks=4)
+    assert done.code == 0, done.output
+    check_agreement(report, staleness=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_seed_learns(tmp_path: Path, seed: int) -> None:
+    done, report = run_grpo(tmp_path, "--seed", str(seed))
+    assert done.code == 0, done.output
+    check_learned(report)
+
+
+@pytest.mark.slow
+def test_ddp_trainers_share_one_engine(tmp_path: Path) -> None:
+    done, report = run_grpo(tmp_path, "--trainers", "2", "--parallel", "ddp", "--steps", "4", ranks=3)
+    assert done.code == 0, done.output
+    check_agreement(report)
+
+
+def test_ones_own_model_task_and_prompts_on_a_tensor_parallel_engine(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer("abc>")
+    build("untied").save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "prompts.txt").write_text("ab>\n\nccc>\n")
+    (tmp_path / "my_task.py").write_text("def reward(prompt, completion):\n    return completion.count('a') / 6\n")
+    flags = ["--model", str(tmp_path / "llama"), "--task", "my_task:reward", "--prompts", "prompts.txt"]
+    flags += ["--steps", "3", "--max-tokens", "6", "--kl", "0.1", "--tensor-parallel-size", "2"]
+    flags += ["--learning-rate", "1e-3", "--temperature", "0.8"]
+    done, report = run_grpo(tmp_path, *flags, ranks=3)
+    assert done.code == 0, done.output
+    check_agreement(report)
+    assert [len(step["sync"]["workers"]) for step in report["steps"]] == [2, 2, 2]
+
+
+def test_old_weights_in_a_sync_do_not_go_unnoticed(tmp_path: Path) -> None:
+    done = run_job(job_script("old_weights.py"), "--steps", "6", ranks=2, cwd=tmp_path, timeout_s=200)
+    assert done.code != 0
+    assert "the weights of engine 0 are not the trainer's version 3" in done.output
+    (report,) = tmp_path.glob("runs/*/report.json")
+    facts = json.loads(report.read_text())
+    assert facts["status"].startswith("AgreementError")
+    assert [step["step"] for step in facts["steps"]] == [0, 1, 2], "step 2 syncs old weights, step 3 must notice"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "message"),
+    [
+        (2, ["--trainers", "2"], "world size 2 does not fit trainers=2"),
+        (2, ["--model", "nowhere"], "model 'nowhere' has no config.json"),
+        (2, ["--pause-mode", "never"], "unknown pause_mode 'never', expected one of keep, wait, abort"),
+        (2, ["--max-model-len", "5"], "has 5 tokens, but max_model_len is 5"),
+        (2, ["--device", "cuda"], "not enough GPUs"),
+        (2, ["--task", "no.such:thing"], "cannot import task 'no.such:thing'"),
+    ],
+)
+def test_bad_input_is_said_early(tmp_path: Path, ranks: int, flags: list[str], message: str) -> None:
+    done, _ = run_grpo(tmp_path, *flags, ranks=ranks)
+    assert done.code != 0
+    assert message in done.output, done.output
+    assert not list(tmp_path.glob("runs/*/engine-0.log")), "no engine may start"
+    assert done.seconds < 60
