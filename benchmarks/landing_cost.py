@@ -1,4 +1,4 @@
-"""What a sync costs a worker beside the wire: the landing plan against memcpy and vLLM's layerwise reload, on CPU.
+"""Cost of a sync for a worker beside the wire: the landing plan against memcpy and vLLM's layerwise reload, on CPU.
 
     python benchmarks/landing_cost.py [--json FILE]
 
@@ -23,6 +23,7 @@ os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "ROL
 import torch
 import transformers
 from latency.models import with_single_experts
+from local_transfer import LocalTransfer
 from machine_card import commit, cpu_card, versions
 from rich.console import Console
 from rich.table import Table
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def measure(models: OfflineModels, name: str, folder: Path, repeats: int) -> dict[str, Any]:
-    """One model's row."""
+    """Measure one model and return its row."""
     manifest = with_single_experts(checkpoint_manifest(folder, dtype=DTYPE))
     model = models.load(folder)
     sources = [torch.empty(spec.shape, dtype=spec.dtype).normal_(std=0.02) for spec in manifest.specs]
@@ -79,7 +80,7 @@ def measure(models: OfflineModels, name: str, folder: Path, repeats: int) -> dic
         start = time.thread_time()
         landing = LiveLanding(compile_landing(model, manifest, dtype=DTYPE), model, dtype=DTYPE)
         compile_s = time.thread_time() - start
-        transfer = landing.bind(sources)
+        transfer = LocalTransfer(landing, sources)
         named = [(spec.name, tensor) for spec, tensor in zip(manifest.specs, sources, strict=True)]
         actions: dict[str, Callable[[], Any]] = {
             "memcpy": lambda: copy.copy_(flat),
@@ -93,7 +94,7 @@ def measure(models: OfflineModels, name: str, folder: Path, repeats: int) -> dic
         for _ in range(repeats):
             for what, act in actions.items():
                 times[what].append(timed(act))
-    seconds = {what: statistics.median(its) for what, its in times.items()}
+    seconds = {what: statistics.median(samples) for what, samples in times.items()}
     plan = landing.plan
     return {
         "model": name,
@@ -102,7 +103,7 @@ def measure(models: OfflineModels, name: str, folder: Path, repeats: int) -> dic
         "staged_modules": len(plan.stages),
         "compile_s": compile_s,
         "p50_s": seconds,
-        "min_s": {what: min(its) for what, its in times.items()},
+        "min_s": {what: min(samples) for what, samples in times.items()},
         "python_calls": calls,
         "plan_to_memcpy": seconds["plan"] / seconds["memcpy"],
         "reload_to_plan": seconds["layerwise_reload"] / seconds["plan"],
@@ -111,7 +112,7 @@ def measure(models: OfflineModels, name: str, folder: Path, repeats: int) -> dic
 
 
 def reload_layerwise(model: Any, named: list[tuple[str, torch.Tensor]], config: Any) -> None:
-    """What vLLM's own weight transfer does with what it has received."""
+    """Load the weights as vLLM's own weight transfer does after receiving them."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     initialize_layerwise_reload(model)
@@ -120,7 +121,7 @@ def reload_layerwise(model: Any, named: list[tuple[str, torch.Tensor]], config: 
 
 
 def count_calls(act: Callable[[], Any]) -> int:
-    """Python functions that are called; C functions are not counted."""
+    """Count the Python functions that are called; C functions are not counted."""
     calls = 0
 
     def count(_frame: Any, event: str, _argument: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a benchmark runs on and with: processor, GPUs, versions, commit (the process that writes the result)."""
+"""Provenance of a benchmark's result: processor, GPUs, versions, commit (the process that writes the result)."""
 
 import importlib.metadata
 import os
@@ -8,25 +8,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.cuda import nccl
+
+from rollcast.rollout.job import preflight
+
 HERE = Path(__file__).parent
 
 
 def machine_card(*, gpus: int) -> dict[str, Any]:
-    """This machine, and the first so many of its GPUs."""
-    from rollcast.rollout.job.preflight import usable_gpus
-
-    return cpu_card() | (gpu_card(usable_gpus()[:gpus]) if gpus else {})
+    """Return this machine's processor, and its first `gpus` GPUs."""
+    return cpu_card() | (gpu_card(preflight.usable_gpus()[:gpus]) if gpus else {})
 
 
 def cpu_card() -> dict[str, Any]:
-    """Processor and system."""
+    """Return processor and system."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
 
 
 def gpu_card(uuids: list[str]) -> dict[str, Any]:
-    """Names, memory, driver and NVLink of these GPUs. Creates no CUDA context."""
+    """Return names, memory, driver and NVLink of these GPUs. Creates no CUDA context."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -43,40 +46,35 @@ def gpu_card(uuids: list[str]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what numbers depend on. None: not there."""
-    import torch
-    from torch.cuda.nccl import version as nccl_version
-
-    from rollcast.rollout.job import preflight
-
+    """Return the versions that results depend on; None for what is not installed."""
     return preflight.versions() | {
         "python": platform.python_version(),
         "transformers": importlib.metadata.version("transformers"),
-        "nccl": ".".join(map(str, nccl_version())) if torch.cuda.device_count() else None,
+        "nccl": ".".join(map(str, nccl.version())) if torch.cuda.device_count() else None,
     }
 
 
 def torchrun(*arguments: str | Path, ranks: int) -> list[str]:
-    """The command of a job on this machine; see `job_environ`."""
+    """Return the command of a job on this machine; see `job_environ`."""
     job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*job, *map(str, arguments)]
 
 
 def job_environ() -> dict[str, str]:
-    """Environment of processes that import the benchmarks' modules; quiet about OpenMP's threads."""
+    """Return the environment of processes that import the benchmarks' modules."""
     paths = filter(None, (str(HERE), os.environ.get("PYTHONPATH")))
     return {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def commit() -> str:
-    """Of the sources that ran; says so if they were changed since."""
+    """Return the checked-out commit; with ", changed" if the sources differ from it."""
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=HERE, capture_output=True).returncode == 1
     return f"{head or 'unknown'}{', changed' if changed else ''}"
 
 
 def _nvlinks(pynvml: Any, handle: Any) -> int:
-    """Number of active NVLink connections of a GPU."""
+    """Return the number of active NVLink connections of a GPU."""
     active = 0
     for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
         try:

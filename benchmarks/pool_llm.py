@@ -1,4 +1,4 @@
-"""vLLM's own side of `pool_overhead.py`: an `LLM`, in processes of its own, that generates when it is told to."""
+"""The reference of `pool_overhead.py`: vLLM's own `LLM` in processes of its own, driven over a pipe."""
 
 import contextlib
 import json
@@ -13,8 +13,8 @@ from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What both sides are to do in a round, and with which engine."""
+class Workload:
+    """The requests of one round, and the engine's settings; the same for the pool and for `LLM`."""
 
     model: str
     dtype: str
@@ -30,38 +30,38 @@ class Load:
         return cls(**json.loads(text))
 
     def prompts(self) -> list[list[int]]:
-        """Token ids; all of a length."""
+        """Return the prompts' token ids; all have the same length."""
         return [[3 + (index + place) % 20 for place in range(8)] for index in range(self.requests)]
 
 
-class OtherSide:
-    """The `LLM`, as the process that times it sees it."""
+class LlmProcess:
+    """A process with an `LLM`, driven by the process that times it."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
 
     def facts(self) -> dict[str, Any]:
-        """What `bench_facts` says of its engine. Blocks until it is ready."""
+        """Return `bench_facts` of its engine. Blocks until the engine is ready."""
         return json.loads(self._next("facts"))
 
     def generate(self) -> float:
-        """Let it generate once: its seconds."""
+        """Generate once; return the seconds."""
         assert self._process.stdin is not None
         print("go", file=self._process.stdin, flush=True)
         return float(self._next("took"))
 
-    def _next(self, word: str) -> str:
-        """The rest of the next line that begins with the word."""
+    def _next(self, key: str) -> str:
+        """Return the rest of the next line that begins with `key`."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith(f"{word} "):
-                return line.removeprefix(word)
-        raise RuntimeError("vLLM's own side has ended: its error is above")
+            if line.startswith(f"{key} "):
+                return line.removeprefix(key)
+        raise RuntimeError("the process of vLLM's own LLM has ended: its error is above")
 
 
 @contextlib.contextmanager
-def other_side(load: Load) -> Iterator[OtherSide]:
-    """Start it, with as many keys and values in memory as the pool's engine has."""
+def llm_process(load: Workload) -> Iterator[LlmProcess]:
+    """Start the process, with a KV cache as large as that of the pool's engine; kill it when the context ends."""
     from rollcast.rollout.job.world import without_torchrun
 
     environ = {"VLLM_CPU_KVCACHE_SPACE": "1"} | without_torchrun(os.environ)
@@ -74,13 +74,13 @@ def other_side(load: Load) -> Iterator[OtherSide]:
         start_new_session=True,
     ) as process:
         try:
-            yield OtherSide(process)
+            yield LlmProcess(process)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def serve(load: Load) -> None:
-    """Say what the engine is like, then generate for every line that is read."""
+def serve(load: Workload) -> None:
+    """Print the engine's facts, then generate once for every line on standard input."""
     from vllm import LLM, SamplingParams
 
     settings: dict[str, Any] = {
@@ -94,8 +94,9 @@ def serve(load: Load) -> None:
         "worker_extension_cls": "latency.facts.FactsWorker",
     }
     llm = LLM(load.model, **settings)
-    how: dict[str, Any] = {"ignore_eos": True, "detokenize": False, "logprobs": 0, "flat_logprobs": True}
-    sampling = SamplingParams(max_tokens=load.max_tokens, **how)
+    # As the pool asks for it.
+    options: dict[str, Any] = {"ignore_eos": True, "detokenize": False, "logprobs": 0, "flat_logprobs": True}
+    sampling = SamplingParams(max_tokens=load.max_tokens, **options)
     prompts = [{"prompt_token_ids": prompt} for prompt in load.prompts()]
     print(f"facts {json.dumps(llm.collective_rpc('bench_facts')[0])}", flush=True)
     for _ in sys.stdin:
@@ -105,4 +106,4 @@ def serve(load: Load) -> None:
 
 
 if __name__ == "__main__":
-    serve(Load.from_json(sys.argv[1]))
+    serve(Workload.from_json(sys.argv[1]))

@@ -1,11 +1,11 @@
-"""What the pool costs: tokens a second of one engine through it, against vLLM's own `LLM.generate` in the same run.
+"""Overhead of the pool: tokens a second of one engine through it, and of vLLM's own `LLM.generate` in the same run.
 
     python benchmarks/pool_overhead.py [--requests 64] [--max-tokens 128] [--shape qwen3-0.6b] [--json FILE]
 
-Both have an engine of their own with the same settings (the benchmark refuses others) and random weights, and the same
-requests, in turn. Two engines of the same side differ by 10 % on some machines, by where their memory and threads have
-come to lie: so there are several pairs. Without `--shape`, a tiny model: the worst case, for its steps are short. The
-last line is one JSON document.
+Each has an engine of its own with random weights and the same settings (which is checked), and generates the same
+requests, in turn. Two engines with equal settings differ by 10 % on some machines, depending on the placement of memory
+and threads: so there are several pairs. Without `--shape`, the model is tiny: the worst case, for its steps are short.
+The last line is one JSON document.
 """
 
 import argparse
@@ -22,24 +22,27 @@ from typing import Any
 
 import torch
 from latency.models import SHAPES, write_config
+from latency.stats import interval_of_median
 from machine_card import commit, job_environ, machine_card, torchrun, versions
-from pool_llm import Load, OtherSide, other_side
+from pool_llm import LlmProcess, Workload, llm_process
+
+import rollcast.rollout as rollcast
 
 TIMEOUT_S = 1800.0
-# vLLM's processes keep their cores busy for a second after a step: the other side must not have to share them.
+# vLLM's processes keep their cores busy for a second after a step: the next side must not share them.
 REST_S = 1.5
 Times = dict[str, list[float]]
-"""Seconds of each round, by side."""
+"""Seconds of each round, by side ("pool" or "llm")."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     print(json.dumps(measure(parse(sys.argv[1:] if argv is None else argv))), flush=True)
     return 0
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the pairs; what they have found."""
+    """Run the pairs; return the document."""
     with tempfile.TemporaryDirectory() as name:
         write_config(options.shape, Path(name, "model"))
         times = [measure_pair(options, Path(name)) for _ in range(options.pairs)]
@@ -53,15 +56,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_pair(options: argparse.Namespace, folder: Path) -> Times:
-    """Start an engine of each side; seconds of the timed rounds. The job's processes end with it."""
-    load = Load(
+    """Start an engine of each side; return the seconds of the timed rounds."""
+    load = Workload(
         model=f"{folder}/model",
         dtype=str(SHAPES[options.shape].dtype).removeprefix("torch."),
         eager=options.eager,
         requests=options.requests,
         max_tokens=options.max_tokens,
     )
-    out = folder / "found.json"
+    out = folder / "times.json"
     command = torchrun(Path(__file__), load.to_json(), str(options.rounds), str(out), ranks=2)
     environ = {"VLLM_CPU_OMP_THREADS_BIND": worker_cores()} | job_environ()
     subprocess.run(command, check=True, timeout=TIMEOUT_S, stdout=sys.stderr, env=environ)
@@ -69,15 +72,13 @@ def measure_pair(options: argparse.Namespace, folder: Path) -> Times:
 
 
 def worker_cores() -> str:
-    """Cores of both engines' workers: the same, for some are faster; the first is left to vLLM's scheduler."""
+    """Return the cores of both engines' workers: the same, for some are faster; the first is left to the scheduler."""
     cores = sorted(os.sched_getaffinity(0))
     return ",".join(map(str, cores[1:] or cores))
 
 
-def run_rank(load: Load, rounds: int, out: Path) -> None:
-    """Rank 0 times both sides in turn; rank 1 is the pool's engine."""
-    import rollcast.rollout as rollcast
-
+def run_rank(load: Workload, rounds: int, out: Path) -> None:
+    """Time both sides in turn on rank 0; rank 1 is the pool's engine."""
     shared = torch.cuda.device_count() == 1
     config = rollcast.RolloutConfig(
         model=load.model,
@@ -85,71 +86,68 @@ def run_rank(load: Load, rounds: int, out: Path) -> None:
         enforce_eager=load.eager,
         gpu_memory_utilization=0.4,
         worker_extension_cls="latency.worker.PoolWorker",
-        # The trainer needs no GPU here.
+        # The trainer needs no GPU.
         colocate=shared,
     )
     with contextlib.ExitStack() as stack:
-        # Beside the pool's engine, unless both would count what is free on one GPU.
-        early = stack.enter_context(other_side(load)) if os.environ["RANK"] == "0" and not shared else None
+        # Start both engines at once, unless they share a GPU, whose free memory each of them measures.
+        early = stack.enter_context(llm_process(load)) if os.environ["RANK"] == "0" and not shared else None
         job = stack.enter_context(rollcast.join(config))
         if job.is_trainer:
-            times = time_both(job, early or stack.enter_context(other_side(load)), load, rounds=rounds)
+            times = time_both(job, early or stack.enter_context(llm_process(load)), load, rounds=rounds)
             out.write_text(json.dumps(times))
 
 
-def time_both(job: Any, llm: OtherSide, load: Load, *, rounds: int) -> Times:
-    """Rounds of both sides, in turn."""
-    from rollcast.rollout import Sampling
-
+def time_both(job: Any, llm: LlmProcess, load: Workload, *, rounds: int) -> Times:
+    """Time rounds of both sides, in turn."""
     check_settings(job.pool.call_workers("bench_facts")[0][0], llm.facts())
-    sampling, prompts = Sampling(max_tokens=load.max_tokens, ignore_eos=True), load.prompts()
+    sampling, prompts = rollcast.Sampling(max_tokens=load.max_tokens, ignore_eos=True), load.prompts()
     times: Times = {"pool": [], "llm": []}
     for _ in range(1 + rounds):
         time.sleep(REST_S)
         start = time.perf_counter()
         groups = job.pool.generate(prompts, sampling)
         times["pool"].append(time.perf_counter() - start)
-        assert all(len(its.token_ids) == load.max_tokens for group in groups for its in group)
+        assert all(len(sample.token_ids) == load.max_tokens for group in groups for sample in group)
         time.sleep(REST_S)
         times["llm"].append(llm.generate())
     return times
 
 
 def check_settings(pool: dict[str, Any], llm: dict[str, Any]) -> None:
-    """Raise `ValueError` unless both engines are alike: else the times would say nothing of the pool.
+    """Raise `ValueError` unless both engines have the same settings.
 
-    Their caches may hold more or less, by what was free when they started.
+    The sizes of their KV caches may differ, for they depend on the memory that was free.
     """
     names = sorted((pool.keys() | llm.keys()) - {"kv_cache_tokens"})
-    if other := [
+    if differences := [
         f"{name} is {pool.get(name)} and {llm.get(name)}" for name in names if pool.get(name) != llm.get(name)
     ]:
-        raise ValueError(f"the pool's engine and vLLM's own side differ: {'; '.join(other)}")
+        raise ValueError(f"the pool's engine and that of vLLM's LLM differ: {'; '.join(differences)}")
 
 
 def summary(pairs: list[Times], options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second, and the median of the ratios: neighbours in time share the weather."""
-    from latency.stats import interval_of_median
-
+    """Return tokens a second, and the median of the ratios of neighbouring rounds."""
     tokens = options.requests * options.max_tokens
-    ours, theirs = ([seconds for times in pairs for seconds in times[side]] for side in ("pool", "llm"))
+    pool_s, llm_s = ([seconds for times in pairs for seconds in times[side]] for side in ("pool", "llm"))
     ratios = [[b / a for a, b in zip(times["pool"], times["llm"], strict=True)] for times in pairs]
     return {
         "requests": options.requests,
         "max_tokens": options.max_tokens,
         "rounds": options.rounds,
         "pairs": options.pairs,
-        "pool_tokens_per_s": tokens / statistics.median(ours),
-        "llm_tokens_per_s": tokens / statistics.median(theirs),
-        "ratio": statistics.median(ratio for its in ratios for ratio in its),
+        "pool_tokens_per_s": tokens / statistics.median(pool_s),
+        "llm_tokens_per_s": tokens / statistics.median(llm_s),
+        "ratio": statistics.median(ratio for pair in ratios for ratio in pair),
         "ratio_interval": interval_of_median(ratios),
-        "ratio_by_pair": [statistics.median(its) for its in ratios],
-        "pool_s": ours,
-        "llm_s": theirs,
+        "ratio_by_pair": [statistics.median(pair) for pair in ratios],
+        "pool_s": pool_s,
+        "llm_s": llm_s,
     }
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Tokens a second through the pool, and of vLLM's own LLM.generate.")
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="tiny", help="the model's (tiny)")
@@ -167,6 +165,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
-        run_rank(Load.from_json(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+        run_rank(Workload.from_json(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
     else:
         sys.exit(main())

@@ -1,9 +1,9 @@
-"""How long an engine takes to get new weights, by rollcast and by everyone else, on the same tensors.
+"""Latency of a weight update of one engine, by rollcast and by other methods, on the same tensors.
 
     python benchmarks/sync_latency.py --models qwen3-0.6b,qwen3-8b [--json FILE] [--plot FILE.png]
 
 Starts one torchrun job for each model: rank 0 trains, rank 1 runs a vLLM engine. The last line is one JSON document.
-On SIGTERM the job is stopped, and the document has what was measured by then.
+On SIGTERM the job is stopped, and the document has the rows measured by then.
 """
 
 import argparse
@@ -14,17 +14,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from latency.methods import METHODS
 from latency.models import SHAPES
 from latency.plot import draw
 from latency.report import markdown, show
 from latency.run import Runner
-from latency.spec import METHODS
 from latency.stats import with_ratios
 from machine_card import commit, versions
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Whatever fails is in the document; the exit code is 0 if there is one."""
+    """Run the command. Failures are rows of the document; the exit code is 0 if there is a document."""
     arguments = sys.argv[1:] if argv is None else argv
     options = parse(arguments)
     if options.table_from:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, *, command: str) -> dict[str, Any]:
-    """Run every model's job; the document grows, and is written, with each."""
+    """Run every model's job; the document grows, and is written, with each of them."""
     runner = Runner(options)
     document: dict[str, Any] = {
         "machine": runner.machine,
@@ -55,19 +55,19 @@ def measure(options: argparse.Namespace, *, command: str) -> dict[str, Any]:
         "results": [],
     }
     for model in options.models:
-        found = runner.run(model, ceilings=not document["ceilings"])
-        document["ceilings"] = document["ceilings"] or found.ceilings
-        document["engines"] += found.engines
-        document["results"] += with_ratios(found.rows)
+        result = runner.run(model, ceilings=not document["ceilings"])
+        document["ceilings"] = document["ceilings"] or result.ceilings
+        document["engines"] += result.engines
+        document["results"] += with_ratios(result.rows)
         if options.json:
             options.json.write_text(json.dumps(document, indent=1) + "\n")
-        if runner.told_to_end:
+        if runner.interrupted:
             break
     return document
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line. Exits with a message on names that it does not know."""
+    """Parse the command line. Exits with a message on unknown names."""
     parser = argparse.ArgumentParser(description="How long an engine takes to get new weights.")
     add = parser.add_argument
     add("--models", type=names(SHAPES), default=["qwen3-0.6b"], metavar="A,B", help=f"of {', '.join(SHAPES)}")
@@ -102,7 +102,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def names(known: Any) -> Any:
-    """Reads a list of known names; argparse shows the message if one is not."""
+    """Return an argparse type: a comma-separated list of known names."""
 
     def read(text: str) -> list[str]:
         wanted = [name.strip() for name in text.split(",")]

@@ -1,4 +1,4 @@
-"""Makes Ctrl-C and SIGTERM end a rank soon, whatever it is waiting for (trainer ranks)."""
+"""Let Ctrl-C and SIGTERM end a rank soon, whatever it waits for (trainer ranks)."""
 
 import os
 import signal
@@ -10,10 +10,10 @@ GRACE_S = 6.0
 
 
 def end_soon_on_signals() -> None:
-    """Raise `KeyboardInterrupt` on SIGINT and SIGTERM, and end the process if that has not worked in `GRACE_S`.
+    """Raise `KeyboardInterrupt` on SIGINT and SIGTERM, and end the process if it is still there after `GRACE_S`.
 
     A Python handler only runs between bytecodes, so never while a collective waits in C++ for a rank that is
-    gone. The wake-up pipe is written by the signal itself, and a thread reads it.
+    gone. The signal itself writes to the wake-up pipe, and a thread reads it.
     """
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
@@ -24,9 +24,9 @@ def end_soon_on_signals() -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    # Once is enough: a second signal must not break into the clean-up.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda *_: None)
+    # A second signal must not interrupt the clean-up.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
 
 

@@ -2,12 +2,11 @@
 
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import EngineError, OrchestratorError, PreflightError, RollcastError, SyncError
-from rollcast.rollout.job.job import Job, join
-from rollcast.rollout.orchestrator.orchestrator import Orchestrator, Outcome
-from rollcast.rollout.orchestrator.schedule import Mode, async_, on_policy, one_step_off
-from rollcast.rollout.pool.pool import Pool
+from rollcast.rollout.job import Job, join
+from rollcast.rollout.orchestrator import Mode, Orchestrator, Outcome, async_, on_policy, one_step_off
+from rollcast.rollout.pool import Pool
 from rollcast.rollout.protocol.sampling import Completion, Sampling
-from rollcast.rollout.sync.broadcaster import PoolBroadcaster
+from rollcast.rollout.sync import PoolBroadcaster
 
 __all__ = [
     "Completion",

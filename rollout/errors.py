@@ -18,10 +18,9 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """What was under way: "start", "prepare", "join", "receive", "commit", "generate", ..."""
 
     def __str__(self) -> str:
-        place = "" if self.engine is None else f"engine {self.engine}"
-        if self.worker is not None:
-            place += f", worker {self.worker}"
-        return f"{place}: {self.text}" if place else self.text
+        places = [f"engine {self.engine}"] if self.engine is not None else []
+        places += [f"worker {self.worker}"] if self.worker is not None else []
+        return ": ".join([", ".join(places), self.text]) if places else self.text
 
 
 class RollcastError(RuntimeError):

@@ -1,6 +1,5 @@
-"""What all methods of the latency benchmark share: weights, engine, version, the peers' group (trainer)."""
+"""State that all methods of the latency benchmark share: weights, engine, version, a group (trainer)."""
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -8,10 +7,10 @@ from typing import Any
 
 import torch
 
-from latency.memory import peak_bytes, settle
+from latency.memory import peak_bytes, reset_peak
 from latency.spec import JobSpec
 from rollcast.comm import Deadline, Group, SyncReport, host_store, join_group
-from rollcast.comm.transport.base import Work
+from rollcast.comm.transport import Work
 from rollcast.rollout import Job
 from rollcast.rollout.protocol.messages import Call, Called, Reply, expect
 
@@ -21,7 +20,7 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Sample:
-    """One update, as the trainer saw it."""
+    """One timed update."""
 
     seconds: float
     phases_s: dict[str, float] = field(default_factory=dict)
@@ -31,10 +30,9 @@ Run = Callable[[], Sample]
 
 
 class Bench:
-    """One trainer with its weights, one engine.
+    """One trainer with its weights, and one engine.
 
-    The weights are only ever negated: so every byte that is sent changes, and there are two states to compare
-    the engine with.
+    Weights change by negation alone: an update changes every value, and the engine is compared with two states.
     """
 
     def __init__(self, job: Job, spec: JobSpec, weights: dict[str, torch.Tensor]) -> None:
@@ -49,33 +47,34 @@ class Bench:
         self._store: Any = None
         self._group: Group | None = None
         self._negated = False
-        self._wanted: dict[bool, dict[str, int]] = {}
+        # By whether the weights are negated.
+        self._expected: dict[bool, dict[str, int]] = {}
 
     def sync(self, **arguments: Any) -> SyncReport:
-        """rollcast's own update."""
+        """Sync by rollcast."""
         self.version += 1
         return self._broadcaster.sync(version=self.version, **arguments)
 
-    def travel(self, transport: str) -> None:
-        """From now on rollcast's updates go by this transport; the next one joins."""
+    def use_transport(self, transport: str) -> None:
+        """Sync by this transport from now on; the next sync joins its groups."""
         self._broadcaster = self._job.broadcaster(self.weights, transport=transport)
 
-    def flip(self) -> None:
-        """Change every weight; return when that is done."""
+    def negate(self) -> None:
+        """Negate every weight and wait until that is done."""
         torch._foreach_neg_(list(self.weights.values()))
         self._negated = not self._negated
         self.synchronize()
 
-    def learn(self) -> None:
-        """Let rollcast bring both states to the engine, checked bit by bit, and note what the engine then has."""
+    def record_fingerprints(self) -> None:
+        """Sync both states by rollcast, verified bit by bit, and record the engine's fingerprint of each."""
         for _ in range(2):
-            self.flip()
+            self.negate()
             self.sync(verify="full")
-            self._wanted[self._negated] = self.call("bench_hashes")
+            self._expected[self._negated] = self.call("bench_fingerprint")
 
     def correct(self) -> bool:
-        """Whether every tensor of the engine is what the trainer's weights make."""
-        return self.call("bench_hashes") == self._wanted[self._negated]
+        """Return whether the engine's tensors are those of the trainer's current weights."""
+        return self.call("bench_fingerprint") == self._expected[self._negated]
 
     def synchronize(self) -> None:
         """Wait for this process's GPU."""
@@ -83,20 +82,20 @@ class Bench:
             torch.cuda.synchronize()
 
     def timed(self, run: Run) -> Sample:
-        """One update with weights that the engine does not have."""
-        self.flip()
+        """Run one update with weights that the engine does not have."""
+        self.negate()
         return run()
 
     def start(self, method: str, *args: Any) -> "Future[Reply]":
-        """Make the worker call a method, and do not wait."""
-        return self.pool.request(0, Call(method, list(args)))
+        """Call a method of the worker without waiting."""
+        return self.pool.client.request(0, Call(method, list(args)))
 
     def call(self, method: str, *args: Any) -> Any:
-        """The worker's answer."""
-        return answer(self.start(method, *args))
+        """Call a method of the worker and return its result."""
+        return result_of(self.start(method, *args))
 
     def receive(self, method: str, *args: Any) -> "Future[Reply]":
-        """Make the worker take part in broadcasts of the group; if it fails, waits for them end at once."""
+        """Call a method that takes part in broadcasts of the group; if it fails, waits for them end at once."""
         group = self.group()
 
         def leave_if_failed(done: "Future[Reply]") -> None:
@@ -108,20 +107,20 @@ class Bench:
         return receiving
 
     def release(self) -> None:
-        """Both sides let go of what rollcast's updates keep: spare memory, mapped memory, views."""
+        """Free on both sides what rollcast keeps between syncs: spare memory, mapped memory, views."""
         self._broadcaster.release()
 
-    def settle(self) -> None:
-        """Both sides give memory back and start to watch its peak."""
-        settle()
-        self.call("bench_settle")
+    def reset_peak(self) -> None:
+        """Free unused memory on both sides and start a new peak."""
+        reset_peak()
+        self.call("bench_reset_peak")
 
     def peak(self) -> dict[str, int]:
-        """Most bytes in use on both GPUs since `settle`."""
+        """Return the most bytes in use since `reset_peak`, by side."""
         return {"engine": self.call("bench_peak"), "trainer": peak_bytes()}
 
     def group(self) -> Group:
-        """A group of rollcast's transport for the peers; made once."""
+        """Return a group of one of rollcast's transports for the methods that are not rollcast; joined once."""
         if self._group is None:
             deadline = Deadline(RPC_TIMEOUT_S)
             transport = "nccl" if self.device.type == "cuda" else "gloo"
@@ -129,37 +128,30 @@ class Bench:
             joining = self.start("bench_join", transport, address, deadline.left_s())
             where: dict[str, Any] = {"device": self.device, "name": "bench"}
             self._group = join_group(transport, self._store, rank=0, size=2, deadline=deadline, **where)
-            answer(joining)
+            result_of(joining)
         return self._group
 
     def close_group(self) -> None:
-        """Both sides leave it. Idempotent."""
+        """Leave the group on both sides. Idempotent."""
         if self._group is not None:
             self._group.close()
             self.call("bench_leave")
         self._group = self._store = None
 
 
-def answer(future: "Future[Reply]") -> Any:
-    """What the method returned, once it has. Raises `EngineError` with the worker's words."""
+def result_of(future: "Future[Reply]") -> Any:
+    """Wait for a worker's method and return its result. Raises `EngineError` with the worker's error."""
     (result,) = expect(future.result(RPC_TIMEOUT_S), Called).results
     return result
 
 
-def wait_for(works: Sequence[Work], receiving: "Future[Reply]") -> None:
-    """Wait for broadcasts of the group. Raises the worker's words if there are any."""
+def wait_for_broadcasts(works: Sequence[Work], receiving: "Future[Reply]") -> None:
+    """Wait for broadcasts of the group. Raises the worker's error if it has one."""
     deadline = Deadline(RPC_TIMEOUT_S)
     try:
         for work in works:
             work.wait(deadline)
     except RuntimeError:
         if receiving.done():
-            answer(receiving)
+            result_of(receiving)
         raise
-
-
-def elapsed(act: Callable[[], Any]) -> Sample:
-    """Time an act."""
-    start = time.perf_counter()
-    act()
-    return Sample(time.perf_counter() - start)

@@ -1,11 +1,12 @@
-"""What the machine can do at best: the wire between the two GPUs, and the memory of one (trainer)."""
+"""Ceilings of the machine: bandwidth between the two GPUs, and of one GPU's memory (trainer)."""
 
 import statistics
+import time
 from typing import Any
 
 import torch
 
-from latency.bench import Bench, elapsed
+from latency.bench import Bench
 from latency.methods import broadcast
 
 SIZES = tuple(1 << power for power in range(20, 33, 2))
@@ -17,7 +18,7 @@ REPEATS = 10
 
 
 def ceilings(bench: Bench) -> dict[str, Any]:
-    """Raw broadcasts of one buffer at several sizes, and a copy within one device; decimal GB/s."""
+    """Measure raw broadcasts of one buffer at several sizes, and a copy within one device; decimal GB/s."""
     on_cpu = bench.device.type == "cpu"
     sizes = CPU_SIZES if on_cpu else SIZES
     buffer = torch.zeros(max(sizes), dtype=torch.uint8, device=bench.device)
@@ -25,26 +26,28 @@ def ceilings(bench: Bench) -> dict[str, Any]:
         wire = [wire_row(bench, buffer, size) for size in sizes]
     finally:
         bench.close_group()
-    bench.settle()
+    bench.reset_peak()
     copied = copy_gb_per_s(bench, CPU_COPY_BYTES if on_cpu else COPY_BYTES)
     return {"raw_broadcast": wire, "device_copy_gb_per_s": copied}
 
 
 def wire_row(bench: Bench, buffer: torch.Tensor, size: int) -> dict[str, Any]:
-    """Broadcasts of one size."""
+    """Measure broadcasts of one size."""
     times = [broadcast(bench, sizes=[size], buffer=buffer, call=False).seconds for _ in range(WARM_UPS + REPEATS)]
     p50 = statistics.median(times[WARM_UPS:])
     return {"bytes": size, "p50_s": p50, "gb_per_s": size / 1e9 / p50}
 
 
 def copy_gb_per_s(bench: Bench, size: int) -> float:
-    """Bytes copied in a second: each is read once and written once."""
+    """Measure the bytes copied in a second: each is read once and written once."""
     source = torch.zeros(size, dtype=torch.uint8, device=bench.device)
     target = torch.zeros_like(source)
 
-    def copy() -> None:
+    def copy_s() -> float:
+        start = time.perf_counter()
         target.copy_(source)
         bench.synchronize()
+        return time.perf_counter() - start
 
-    times = [elapsed(copy).seconds for _ in range(WARM_UPS + REPEATS)]
+    times = [copy_s() for _ in range(WARM_UPS + REPEATS)]
     return size / 1e9 / statistics.median(times[WARM_UPS:])

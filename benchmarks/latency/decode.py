@@ -1,4 +1,4 @@
-"""How long an update stops an engine that decodes (trainer)."""
+"""Time for which an update stops an engine that decodes (trainer)."""
 
 import statistics
 import time
@@ -12,25 +12,25 @@ from latency.bench import Bench, Run, Sample
 from rollcast.rollout import Sampling
 
 PROMPT_TOKENS = 4
-# Before and after every update: long enough for a rate, in steps and in seconds.
+# Watched before and after every update: long enough for a rate, in steps and in seconds.
 WINDOW_STEPS = 12
 WINDOW_S = 0.15
 STEADY_STEPS = 16
-# Behind an update: what its last copy delays.
+# Steps after an update that its last copy may delay.
 LATE_STEPS = 3
 START_TIMEOUT_S = 60.0
 POLL_S = 0.05
 
 Step = tuple[float, int]
-"""When the model has run, on the clock of the machine, and how many tokens that makes."""
+"""End of a step, in seconds on the machine's clock, and the tokens that it decoded."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """What one update did to decoding."""
+    """Effect of one update on decoding."""
 
     gap_s: float
-    """Longest time between two steps that the update was in between, or under way in, or that end just behind it."""
+    """Longest time between two steps that the update overlaps, or that end just after it."""
     step_s: float
     """Median time between two steps just before."""
     tokens_per_s: dict[str, float]
@@ -42,7 +42,7 @@ class Stop:
 
 
 def updates_while_decoding(bench: Bench, run: Run, *, kv_cache_tokens: int) -> tuple[list[Sample], list[Stop]]:
-    """Update again and again while `spec.decode` sequences decode; then end them."""
+    """Update repeatedly while `spec.decode` sequences decode; then abort them."""
     count = bench.spec.decode
     limit = min(bench.spec.rollout_config().resolved_max_model_len(), kv_cache_tokens // count or 1) - PROMPT_TOKENS
     sampling = Sampling(max_tokens=limit - 1, ignore_eos=True)
@@ -52,7 +52,7 @@ def updates_while_decoding(bench: Bench, run: Run, *, kv_cache_tokens: int) -> t
         try:
             running = thread.submit(bench.pool.generate, prompts, sampling)
             updates = _update(bench, run, running, pause_s=_wait_until_steady(bench, running, count))
-            # However long they still are.
+            # The sequences are longer than the updates take.
             bench.pool.abort()
             running.result()
         finally:
@@ -62,7 +62,7 @@ def updates_while_decoding(bench: Bench, run: Run, *, kv_cache_tokens: int) -> t
 
 
 def _wait_until_steady(bench: Bench, running: "Future[Any]", count: int) -> float:
-    """Until every step makes one token of each sequence; how long to watch before and after an update."""
+    """Wait until every step decodes one token of each sequence; return how long to watch around an update."""
     end = time.perf_counter() + START_TIMEOUT_S
     while time.perf_counter() < end and not running.done():
         time.sleep(POLL_S)
@@ -77,12 +77,12 @@ def _wait_until_steady(bench: Bench, running: "Future[Any]", count: int) -> floa
 def _update(
     bench: Bench, run: Run, running: "Future[Any]", *, pause_s: float
 ) -> list[tuple[float, float, float, Sample]]:
-    """Start and end of every update that was over before the requests were, and the update."""
+    """Return start, end, watched time and sample of every update that ended before the requests did."""
     updates: list[tuple[float, float, float, Sample]] = []
     end = time.perf_counter() + bench.spec.max_seconds
     time.sleep(pause_s)
     while len(updates) < bench.spec.repeats and (not updates or time.perf_counter() < end):
-        bench.flip()
+        bench.negate()
         start = time.perf_counter()
         sample = run()
         update = start, time.perf_counter(), pause_s, sample
@@ -96,7 +96,7 @@ def _update(
 
 
 def _stop(steps: Sequence[Step], start: float, end: float, window_s: float) -> Stop:
-    """What happened around an update from `start` to `end`."""
+    """Return the effect of an update from `start` to `end`."""
     pairs = list(pairwise(at for at, _ in steps))
     before = [later - at for at, later in pairs if start - window_s <= at and later <= start]
     step_s = statistics.median(before) if before else 0.0

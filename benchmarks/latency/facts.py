@@ -1,13 +1,13 @@
-"""Settings that vLLM chooses itself and that speed depends on (vLLM worker process, as `worker_extension_cls`)."""
+"""Settings that vLLM chooses itself and that decide its speed (vLLM worker process, as `worker_extension_cls`)."""
 
 from typing import Any
 
 
 class FactsWorker:
-    """Adds nothing to the worker but one method."""
+    """Adds one method to vLLM's worker. Also for engines without rollcast."""
 
     def bench_facts(self) -> dict[str, Any]:
-        """The engine's settings, and how many tokens its KV cache holds."""
+        """Return the engine's settings, and how many tokens its KV cache holds."""
         worker: Any = self
         config = worker.vllm_config
         return {

@@ -1,12 +1,12 @@
-"""GPU memory of this process, peaks included (trainer and workers of the latency benchmark)."""
+"""GPU memory of this process and its peak (trainer and workers of the latency benchmark)."""
 
 import gc
 
 import torch
 
 
-def settle() -> None:
-    """Give unused memory back and start to watch for the next peak."""
+def reset_peak() -> None:
+    """Free unused memory and start a new peak."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -15,7 +15,7 @@ def settle() -> None:
 
 
 def peak_bytes() -> int:
-    """Most bytes in use on this GPU since `settle`: torch's peak, and what others, such as NCCL, hold now."""
+    """Return the most bytes in use on this GPU since `reset_peak`: torch's peak, and what others (NCCL) hold now."""
     if not torch.cuda.is_available():
         return 0
     free, total = torch.cuda.mem_get_info()

@@ -49,7 +49,7 @@ SHAPES = {
 
 
 def write_config(name: str, folder: Path) -> None:
-    """Write the folder that the engine starts from."""
+    """Write the config folder that the engine starts from."""
     import transformers
 
     shape = SHAPES[name]
@@ -59,12 +59,12 @@ def write_config(name: str, folder: Path) -> None:
 
 
 def manifest_of(folder: str | Path) -> Manifest:
-    """What a trainer of the folder's model sends."""
+    """Return the parameters that a trainer of the folder's model sends."""
     return with_single_experts(checkpoint_manifest(folder))
 
 
 def random_weights(manifest: Manifest, *, device: torch.device) -> dict[str, torch.Tensor]:
-    """A state dict of random tensors on the device, one memory block each, as a trainer has them."""
+    """Return random tensors on the device, each in a memory block of its own, as a trainer has them."""
     torch.manual_seed(0)
     return {
         spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device).normal_(std=STD) for spec in manifest.specs
@@ -72,7 +72,7 @@ def random_weights(manifest: Manifest, *, device: torch.device) -> dict[str, tor
 
 
 def with_single_experts(manifest: Manifest) -> Manifest:
-    """Names of the checkpoint: transformers holds the experts of a layer as one tensor."""
+    """Split the experts of each layer, which transformers holds as one tensor, into the checkpoint's parameters."""
     specs: list[ParamSpec] = []
     for spec in manifest.specs:
         stem, _, kind = spec.name.rpartition(".")

@@ -1,4 +1,4 @@
-"""vLLM's own NCCL weight transfer, in the form that the installed version has (trainer)."""
+"""vLLM's own NCCL weight transfer, by the API of the installed version (trainer)."""
 
 import dataclasses
 import socket
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from latency.bench import HOST, Bench, Run, Sample, answer
+from latency.bench import HOST, Bench, Run, Sample, result_of
 from rollcast.comm import PhaseTimer
 
 # A worker that refuses does so at once; the trainer would wait for it for minutes.
@@ -18,7 +18,7 @@ REFUSAL_S = 0.5
 
 @contextmanager
 def native(bench: Bench, *, packed: bool) -> Iterator[Run]:
-    """Start, update and finish, with a communicator that is made once."""
+    """Yield start, update and finish, with a communicator that is created once."""
     if bench.device.type != "cuda":
         raise RuntimeError("vLLM's weight transfer is NCCL only: it needs CUDA")
     group = _connect(bench, packed=packed)
@@ -31,7 +31,7 @@ def native(bench: Bench, *, packed: bool) -> Iterator[Run]:
         with timer("update"):
             receiving = bench.start("update_weights", info)
             _send(bench, group, packed=packed)
-            answer(receiving)
+            result_of(receiving)
         with timer("finish"):
             bench.call("finish_weight_update")
         return Sample(timer.total_s(), timer.phases_s)
@@ -40,26 +40,26 @@ def native(bench: Bench, *, packed: bool) -> Iterator[Run]:
 
 
 def _connect(bench: Bench, *, packed: bool) -> Any:
-    """The communicator; the worker's side is made by its own method."""
+    """Return the communicator; the worker creates its side in a method of vLLM's."""
     from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
     port = _free_port()
-    told: dict[str, Any] = {"master_address": HOST, "master_port": port, "rank_offset": 1, "world_size": 2}
+    init_info: dict[str, Any] = {"master_address": HOST, "master_port": port, "rank_offset": 1, "world_size": 2}
     if not _packed_in_every_update():
-        told["packed"] = packed
-    joining = bench.start("init_weight_transfer_engine", told)
+        init_info["packed"] = packed
+    joining = bench.start("init_weight_transfer_engine", init_info)
     if wait([joining], REFUSAL_S).done:
-        answer(joining)
+        result_of(joining)
     group = stateless_init_process_group(HOST, port, 0, 2, torch.cuda.current_device())
-    answer(joining)
+    result_of(joining)
     return group
 
 
 def _packed_in_every_update() -> bool:
-    """vLLM 0.26 is told with each update, later versions once."""
+    """Return whether `packed` is part of each update (vLLM 0.26) rather than of the initialization (later)."""
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
 
-    return "packed" in {its.name for its in dataclasses.fields(NCCLWeightTransferUpdateInfo)}
+    return "packed" in {field.name for field in dataclasses.fields(NCCLWeightTransferUpdateInfo)}
 
 
 def _update_info(bench: Bench, *, packed: bool) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _update_info(bench: Bench, *, packed: bool) -> dict[str, Any]:
 
 
 def _send(bench: Bench, group: Any, *, packed: bool) -> None:
-    """What vLLM's trainer side does with named tensors."""
+    """Broadcast the weights as vLLM's trainer side does."""
     from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
     if packed:

@@ -1,30 +1,28 @@
-"""Draws what the latency benchmark found (the command's process)."""
+"""Plot of the latency benchmark's results (the command's process)."""
 
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from latency.report import label
 from latency.stats import Row
 
-OURS, THEIRS, RAW, STOP = "#1f6feb", "#8b949e", "#d1242f", "#24292f"
+ROLLCAST, OTHERS, RAW, STOP = "#1f6feb", "#8b949e", "#d1242f", "#24292f"
 KEY = "dashed: one raw broadcast of as many bytes;  whisker: slowest repeat;  diamond: decoding stops"
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """One chart for each model: methods by time, the raw broadcast as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Draw one chart for each model: a bar for each method, and a line for the raw broadcast."""
     measured = [row for row in document["results"] if "error" not in row]
     models = [(model, list(rows)) for model, rows in groupby(measured, key=lambda row: row["model"])]
     if not models:
         raise SystemExit("nothing to draw: no method has numbers")
     heights = [len(rows) + 2.5 for _, rows in models]
     size = (10, 0.32 * sum(heights) + 1.0)
-    figure, axes = pyplot.subplots(len(models), 1, figsize=size, height_ratios=heights, squeeze=False)
+    figure = Figure(figsize=size)
+    axes = figure.subplots(len(models), 1, height_ratios=heights, squeeze=False)
     for axis, (model, rows) in zip(axes[:, 0], models, strict=True):
         draw_model(axis, model, rows)
     axes[-1, 0].set_xlabel(f"ms, median, log scale\n{KEY}", fontsize=9)
@@ -34,11 +32,11 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 def draw_model(axis: Any, model: str, rows: list[Row]) -> None:
-    """Bars of one model."""
+    """Draw the bars of one model."""
     times = [row["p50_s"] * 1e3 for row in rows]
     slowest = [(row["max_s"] - row["p50_s"]) * 1e3 for row in rows]
     stops = [(row["decode_stop_s"] * 1e3, place) for place, row in enumerate(rows) if row.get("decode_stop_s")]
-    colors = [OURS if row["method"].startswith("rollcast") else THEIRS for row in rows]
+    colors = [ROLLCAST if row["method"].startswith("rollcast") else OTHERS for row in rows]
     bars = axis.barh([label(row) for row in rows], times, color=colors, xerr=[[0.0] * len(rows), slowest], ecolor=STOP)
     axis.bar_label(bars, labels=[f"{time:.3g}" for time in times], padding=6, fontsize=8)
     for stop, place in stops:
@@ -53,10 +51,10 @@ def draw_model(axis: Any, model: str, rows: list[Row]) -> None:
 
 
 def size_text(nbytes: int) -> str:
-    """Decimal, with three digits."""
+    """Return decimal MB or GB with three digits."""
     return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
 
 
 def hardware(machine: dict[str, Any]) -> str:
-    """The machine in a few words."""
+    """Return the machine in a few words."""
     return f"{machine['gpu_count']} x {machine['gpus'][0]}" if "gpus" in machine else f"CPU, {machine['cpu']}"

@@ -1,4 +1,4 @@
-"""Shows what the latency benchmark found: table and Markdown (the command's process)."""
+"""Tables of the latency benchmark's results, for the terminal and in Markdown (the command's process)."""
 
 import sys
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text, in the order of `COLUMNS`."""
+    """Return a row as text, in the order of `COLUMNS`."""
     if "error" in row:
         return [row["model"], label(row), *[""] * (len(COLUMNS) - 3), row["error"].splitlines()[0].replace("|", "/")]
     times = [f"{row[key] * 1e3:.2f}" for key in ("p50_s", "p95_s", "max_s")]
@@ -36,12 +36,12 @@ def cells(row: Row) -> list[str]:
 
 
 def label(row: Row) -> str:
-    """What was measured."""
+    """Return the method, and how many sequences were decoding."""
     return row["method"] + (f", {row['decoding']} decoding" if "decoding" in row else "")
 
 
 def extra_gb(row: Row) -> str:
-    """Extra memory of engine and trainer."""
+    """Return the extra memory of engine and trainer."""
     extra = row.get("peak_extra_bytes")
     return f"{extra['engine'] / 1e9:.2f} + {extra['trainer'] / 1e9:.2f}" if extra else ""
 
@@ -55,7 +55,7 @@ def show(document: dict[str, Any]) -> None:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The table in Markdown, with what it was measured on."""
+    """Return the table in Markdown, with machine and versions."""
     machine, versions = document["machine"], document["versions"]
     gpus = f"{machine['gpu_count']} x {machine['gpus'][0]}, driver {machine['driver']}, " if "gpus" in machine else ""
     wire = f"NVLink: {'yes' if machine['nvlink'] else 'no'}, " if "gpus" in machine else ""
@@ -72,7 +72,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def ceiling_lines(ceilings: dict[str, Any]) -> Iterator[str]:
-    """What the machine can do at best."""
+    """Yield the ceilings of the machine."""
     if ceilings:
         wire = ", ".join(f"{row['gb_per_s']:.1f} at {row['bytes'] / 2**20:g} MiB" for row in ceilings["raw_broadcast"])
         yield f"Raw broadcast of one buffer, GB/s: {wire}."

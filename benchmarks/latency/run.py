@@ -1,4 +1,4 @@
-"""Starts the latency benchmark's jobs and gathers what they found (the command's process)."""
+"""Start the latency benchmark's jobs and gather their results (the command's process)."""
 
 import argparse
 import signal
@@ -13,13 +13,14 @@ import msgspec
 import torch
 from machine_card import job_environ, machine_card, torchrun
 
+from latency.methods import METHODS
 from latency.models import manifest_of, write_config
 from latency.spec import JobSpec, Line, read
 from latency.stats import Row
 
 RANKS = 2
 START_S = 240.0
-# Of a method, in units of `--max-seconds`: repeats, and what is not timed.
+# Time of a method in units of `--max-seconds`: its repeats, and what is not timed.
 SHARES = 2
 STOP_S = 60.0
 # vLLM's KV cache and activations beside the weights; what a GPU without shadow buffers must leave free.
@@ -29,16 +30,16 @@ FREE_BYTES = 6e9
 
 
 @dataclass
-class Found:
-    """What one model's job found."""
+class ModelResult:
+    """Results of one model's job."""
 
     rows: list[Row] = field(default_factory=list)
     ceilings: dict[str, Any] = field(default_factory=dict)
     engines: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def take(self, line: Line) -> None:
-        """Sort one line of the job's in."""
+    def add(self, line: Line) -> None:
+        """Add one line of the job's file."""
         match line.kind:
             case "row":
                 self.rows.append(line.content)
@@ -57,13 +58,13 @@ class Runner:
         self._options = options
         on_gpus = torch.cuda.device_count() > 0 if options.device == "auto" else options.device == "cuda"
         self._device = "cuda" if on_gpus else "cpu"
-        self.told_to_end = False
-        """Whether somebody has lost patience: what is known by then is the result."""
+        self.interrupted = False
+        """Whether SIGTERM ended the benchmark: the rows measured by then are its result."""
         signal.signal(signal.SIGTERM, self._end)
         self.machine: dict[str, Any] = machine_card(gpus=RANKS if on_gpus else 0)
 
-    def run(self, model: str, *, ceilings: bool) -> Found:
-        """Measure one model. Every method has a row in the end, if only to say why it has no numbers."""
+    def run(self, model: str, *, ceilings: bool) -> ModelResult:
+        """Measure one model. Every method has a row in the end; one without numbers has the reason."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             results = folder / "results.jsonl"
@@ -72,13 +73,13 @@ class Runner:
             spec = self._spec(model, folder, results=results, ceilings=ceilings)
             (folder / "spec.json").write_bytes(msgspec.json.encode(spec))
             ended = self._start(folder, timeout_s=START_S + SHARES * spec.max_seconds * len(spec.methods))
-            found = Found()
+            result = ModelResult()
             for line in read(results):
-                found.take(line)
-        missing = [method for method in spec.methods if method not in {row["method"] for row in found.rows}]
-        why = "; ".join(found.errors) or ended
-        found.rows += [{"model": model, "method": method, "error": why} for method in missing]
-        return found
+                result.add(line)
+        missing = [method for method in spec.methods if method not in {row["method"] for row in result.rows}]
+        reason = "; ".join(result.errors) or ended
+        result.rows += [{"model": model, "method": method, "error": reason} for method in missing]
+        return result
 
     def _spec(self, model: str, folder: Path, *, results: Path, ceilings: bool) -> JobSpec:
         options = self._options
@@ -87,6 +88,8 @@ class Runner:
             folder=str(folder / "model"),
             device=self._device,
             methods=tuple(options.methods),
+            weight_transfer=self._device == "cuda"
+            and any(METHODS[name].needs_weight_transfer for name in options.methods),
             repeats=options.repeats,
             decode=options.decode,
             eager=options.eager or self._device == "cpu",
@@ -97,7 +100,7 @@ class Runner:
         )
 
     def _utilization(self, weight_bytes: int) -> float:
-        """The share of a GPU that vLLM may fill: a copy of the weights must fit beside it."""
+        """Return the share of a GPU that vLLM may fill: a copy of the weights must fit beside it."""
         total = self.machine.get("gpu_memory_bytes")
         if total is None:
             return 0.9
@@ -105,8 +108,8 @@ class Runner:
         return min((weight_bytes + max(beside, LEAST_ENGINE_BYTES)) / total, 0.92)
 
     def _start(self, folder: Path, *, timeout_s: float) -> str:
-        """Run the job to its end; how it ended."""
-        # Standard output is for the document.
+        """Run the job to its end; return how it ended."""
+        # Standard output is for the document alone.
         process = subprocess.Popen(
             torchrun("-m", "latency.job", str(folder / "spec.json"), ranks=RANKS),
             stdout=sys.stderr,
@@ -118,18 +121,18 @@ class Runner:
         except subprocess.TimeoutExpired:
             return f"the job did not end within {timeout_s:.0f} s"
         except InterruptedError:
-            return "the benchmark was told to end before this was measured"
+            return "the benchmark was interrupted before this was measured"
         finally:
             _stop(process)
 
     def _end(self, *_: object) -> None:
-        if not self.told_to_end:
-            self.told_to_end = True
+        if not self.interrupted:
+            self.interrupted = True
             raise InterruptedError
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """torchrun stops its ranks when it is told to end."""
+    """Terminate torchrun, which stops its ranks."""
     if process.poll() is None:
         process.terminate()
         try:

@@ -1,4 +1,4 @@
-"""Numbers from repeats, and the rows that they make (trainer, and the command)."""
+"""Statistics of repeated measurements, as rows of the result (trainer, and the command)."""
 
 import random
 import statistics
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Linear between the two nearest of the sorted values."""
+    """Interpolate linearly between the two nearest of the sorted values."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)
@@ -21,21 +21,21 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def interval_of_median(groups: Sequence[Sequence[float]]) -> list[float]:
-    """Bounds of the median of all values in 95 % of as many groups and values drawn from these, with replacement.
+    """Return a 95 % confidence interval of the median of all values.
 
-    Efron's bootstrap (1979), in two stages, as the values of a group have things in common: first groups, then values
-    of each. From one group it says nothing of what others would be like.
+    Efron's bootstrap (1979) in two stages, because the values of a group are correlated: it draws groups, then values
+    of each, with replacement. With a single group the interval says nothing about other groups.
     """
     draw = random.Random(0).choices
-    found = [
-        statistics.median(value for its in draw(groups, k=len(groups)) for value in draw(its, k=len(its)))
+    medians_of_draws = [
+        statistics.median(value for group in draw(groups, k=len(groups)) for value in draw(group, k=len(group)))
         for _ in range(2000)
     ]
-    return [percentile(found, share) for share in (0.025, 0.975)]
+    return [percentile(medians_of_draws, share) for share in (0.025, 0.975)]
 
 
 def summary(samples: Sequence[Sample], nbytes: int) -> Row:
-    """What a row says of the time."""
+    """Return a row's times."""
     seconds = [sample.seconds for sample in samples]
     p50 = statistics.median(seconds)
     return {
@@ -50,7 +50,7 @@ def summary(samples: Sequence[Sample], nbytes: int) -> Row:
 
 
 def decode_summary(stops: Sequence[Stop]) -> Row:
-    """What a row says of decoding."""
+    """Return a row's effect on decoding."""
     return {
         "decode_stop_s": statistics.median(stop.stop_s for stop in stops),
         "decode_stop_max_s": max(stop.stop_s for stop in stops),
@@ -61,7 +61,7 @@ def decode_summary(stops: Sequence[Stop]) -> Row:
 
 
 def medians(records: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Median of each key."""
+    """Return the median of each key."""
     gathered: dict[str, list[float]] = {}
     for record in records:
         for key, value in record.items():
@@ -70,7 +70,7 @@ def medians(records: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def with_ratios(rows: Iterable[Row]) -> list[Row]:
-    """The rows with how many times a raw broadcast of as many bytes each took; None if that was not measured."""
+    """Add each row's time divided by that of a raw broadcast of as many bytes; None if that was not measured."""
     rows = list(rows)
     raw = {row["model"]: row["p50_s"] for row in rows if row["method"] == "raw-broadcast" and "p50_s" in row}
     return [row if "error" in row else row | {"ratio_to_raw": _ratio(row, raw.get(row["model"]))} for row in rows]

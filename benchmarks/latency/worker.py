@@ -1,4 +1,4 @@
-"""The worker's side of the latency benchmark (every vLLM worker process, as `worker_extension_cls`)."""
+"""The workers' side of the benchmarks (every vLLM worker process, as `worker_extension_cls`)."""
 
 import time
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import torch
 
 from latency.facts import FactsWorker
-from latency.memory import peak_bytes, settle
+from latency.memory import peak_bytes, reset_peak
 from rollcast.comm import Deadline, Group, join_group
 from rollcast.comm.device.storage import flat_bytes
-from rollcast.rollout.worker.extension import RollcastWorker
-from rollcast.rollout.worker.fingerprint import hashes
+from rollcast.rollout.worker import RollcastWorker
+from rollcast.rollout.worker.fingerprint import fingerprint_64bit
 
 
 class BenchWorker(FactsWorker, RollcastWorker):
-    """What the peers need in the worker, and what is measured there."""
+    """Adds the worker's side of the methods that rollcast is compared with, and of the measurements."""
 
     bench_group: Group | None = None
     bench_buffer: torch.Tensor | None = None
@@ -23,7 +23,7 @@ class BenchWorker(FactsWorker, RollcastWorker):
     bench_execute: Any
 
     def bench_join(self, transport: str, address: str, timeout_s: float) -> None:
-        """Join the peers' own group with the trainer, which is rank 0. Collective."""
+        """Join the group of the methods that are not rollcast's: the trainer is rank 0. Collective."""
         worker: Any = self
         deadline = Deadline(timeout_s)
         where: dict[str, Any] = {"device": worker.device, "name": "bench"}
@@ -36,9 +36,9 @@ class BenchWorker(FactsWorker, RollcastWorker):
         self.bench_group = None
 
     def bench_receive(self, sizes: list[int], greet: bool, timeout_s: float) -> float:
-        """Receive one broadcast of each size into one buffer; the time when all are there. Collective.
+        """Receive one broadcast of each size into one buffer; return the time when all have arrived. Collective.
 
-        `greet` first tells the trainer that this side is ready.
+        With `greet` a broadcast of one byte first shows the trainer that this side is ready.
         """
         worker: Any = self
         group, deadline = self.bench_group, Deadline(timeout_s)
@@ -46,71 +46,72 @@ class BenchWorker(FactsWorker, RollcastWorker):
         if self.bench_buffer is None or self.bench_buffer.numel() < max(sizes):
             self.bench_buffer = torch.empty(max(sizes), dtype=torch.uint8, device=worker.device)
         buffer = self.bench_buffer
-        hello = torch.zeros(1, dtype=torch.uint8, device=worker.device)
-        works = [group.broadcast([hello], root=1, deadline=deadline)] if greet else []
+        greeting = torch.zeros(1, dtype=torch.uint8, device=worker.device)
+        works = [group.broadcast([greeting], root=1, deadline=deadline)] if greet else []
         works += [group.broadcast([buffer[:size]], root=0, deadline=deadline) for size in sizes]
         for work in works:
             work.wait(deadline)
         return time.perf_counter()
 
     def bench_load(self, name: str, dtype: str, shape: list[int], timeout_s: float) -> None:
-        """Receive one parameter into a temporary and hand it to vLLM's loader. Collective."""
+        """Receive one parameter into a temporary tensor and load it with vLLM's loader. Collective."""
         worker: Any = self
         group, deadline = self.bench_group, Deadline(timeout_s)
         assert group is not None
         weight = torch.empty(shape, dtype=getattr(torch, dtype), device=worker.device)
         group.broadcast([flat_bytes(weight)], root=0, deadline=deadline).wait(deadline)
-        with torch.no_grad(), self._rollcast_settings():
-            worker.model_runner.get_model().load_weights([(name, weight)])
+        model: Any = self.rollcast_sync.model.module
+        with torch.no_grad(), self.rollcast_sync.model.vllm_config():
+            model.load_weights([(name, weight)])
         if weight.is_cuda:
-            # The answer says that the weight is in place.
+            # The trainer takes the return of this call for the end of the load.
             torch.cuda.synchronize()
 
-    def bench_hashes(self) -> dict[str, int]:
-        """A 64-bit hash of every live tensor, made on its device."""
-        return hashes(self._rollcast_model())
+    def bench_fingerprint(self) -> dict[str, int]:
+        """Return a 64-bit checksum of every live tensor, computed on its device."""
+        return fingerprint_64bit(self.rollcast_sync.model.module)
 
-    def bench_settle(self) -> None:
-        """Free what the last method left behind; start to watch the memory."""
+    def bench_reset_peak(self) -> None:
+        """Free what the last method left behind, and measure the peak of the memory from now on."""
         self.bench_buffer = None
-        settle()
+        reset_peak()
 
     def bench_peak(self) -> int:
-        """Most bytes in use on this GPU since `bench_settle`."""
+        """Return the most bytes in use on this GPU since `bench_reset_peak`."""
         return peak_bytes()
 
     def bench_watch(self) -> None:
-        """Note the number of tokens of every step from now on, and when the model has run, by the GPU's own clock."""
+        """Record the tokens of every step from now on, and when the model has run, by the GPU's own clock."""
         worker: Any = self
         steps = self.bench_steps = []
         execute = self.bench_execute = worker.execute_model
         self.bench_zero = bench_zero()
 
-        def noting(scheduled: Any) -> Any:
+        def execute_and_record(scheduled: Any) -> Any:
             output = execute(scheduled)
             if scheduled.total_num_scheduled_tokens:
                 steps.append((bench_now(), scheduled.total_num_scheduled_tokens))
             return output
 
         # On the instance: every executor looks the method up at every call.
-        worker.execute_model = noting
+        worker.execute_model = execute_and_record
 
     def bench_last_steps(self, count: int) -> list[tuple[float, int]]:
-        """Time and tokens of the latest steps, of which the GPU may have some still to do."""
+        """Return time and tokens of the latest steps, after the GPU has run them all."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return [(bench_time(when, self.bench_zero), tokens) for when, tokens in self.bench_steps[-count:]]
 
     def bench_unwatch(self) -> list[tuple[float, int]]:
-        """Stop; every step that was noted."""
+        """Stop recording; return every step that was recorded."""
         worker: Any = self
-        # Not deleted: what was there is rollcast's own.
+        # Not deleted: rollcast wraps this method of the instance, too.
         worker.execute_model = self.bench_execute
         return self.bench_last_steps(len(self.bench_steps))
 
 
 def bench_now() -> Any:
-    """Now, or on a GPU when the current stream's work so far will be done."""
+    """Return the present, or on a GPU the moment when the current stream's work so far will be done."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -119,7 +120,7 @@ def bench_now() -> Any:
 
 
 def bench_zero() -> tuple[float, Any]:
-    """One moment on the machine's clock and on the GPU's."""
+    """Return one moment on the machine's clock and on the GPU's."""
     event = bench_now()
     if torch.cuda.is_available():
         event.synchronize()
@@ -127,9 +128,9 @@ def bench_zero() -> tuple[float, Any]:
 
 
 def bench_time(when: Any, zero: tuple[float, Any]) -> float:
-    """A moment of `bench_now`, on the machine's clock."""
+    """Return a moment of `bench_now` on the machine's clock, in seconds."""
     return when if isinstance(when, float) else zero[0] + zero[1].elapsed_time(when) / 1e3
 
 
 class PoolWorker(FactsWorker, RollcastWorker):
-    """Worker of the pool's engine in `pool_overhead.py`: tells its settings."""
+    """Worker of the pool's engine in `pool_overhead.py`, which reports its settings."""

@@ -1,1 +1,1 @@
-"""Helpers for GPU and tensor memory: fused copies, checksums, NVML, whether a storage moved (any process)."""
+"""Helpers for GPU and tensor memory: fused copies, checksums, NVML, storage identity (any process)."""

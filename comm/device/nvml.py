@@ -1,4 +1,4 @@
-"""What NVIDIA's management library knows of a GPU: its identity, memory, links and their traffic (any process)."""
+"""GPUs as NVIDIA's management library sees them: identity, memory, links and their traffic (any process)."""
 
 import socket
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 KIB = 1024
-# NVML's scope for "all links of the GPU together".
+# NVML's scope id for the sum over all links of a GPU.
 ALL_LINKS = 0xFFFFFFFF
 NVLINK = "NVLink"
 
 
 @dataclass(frozen=True, slots=True)
 class GpuState:
-    """One GPU at one moment."""
+    """The memory and NVLink counters of one GPU at one moment."""
 
     used_bytes: int
     free_bytes: int
@@ -26,32 +26,32 @@ class GpuState:
 
 @dataclass(frozen=True, slots=True)
 class GpuReport:
-    """What a sync did to one GPU."""
+    """One GPU after a sync, and the traffic during it."""
 
     rank: int
-    """Number of the worker among those of all engines, from 1; 0: the trainer's."""
+    """Number of the worker among those of all engines, from 1; 0 is the trainer."""
     used_bytes: int
-    """Of its memory, by all processes, after the sync."""
+    """Memory used by all processes, after the sync."""
     free_bytes: int
     nvlink_received_bytes: int | None
-    """During the sync, by everything that ran on the GPU."""
+    """During the sync, by all processes on the GPU."""
     nvlink_sent_bytes: int | None
 
     @classmethod
     def between(cls, rank: int, before: GpuState, after: GpuState) -> "GpuReport":
-        """The difference of two states."""
+        """Return the report of a sync from the GPU's states before and after it."""
         received = _difference(before.nvlink_received_bytes, after.nvlink_received_bytes)
         sent = _difference(before.nvlink_sent_bytes, after.nvlink_sent_bytes)
         return cls(rank, after.used_bytes, after.free_bytes, received, sent)
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """UUID of one of torch's CUDA devices, as nvidia-smi shows it."""
+    """Return the UUID of one of torch's CUDA devices, as nvidia-smi shows it."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def gpu_state(uuid: str) -> GpuState:
-    """Memory and NVLink counters of a GPU, now."""
+    """Return the memory and NVLink counters of a GPU, as they are now."""
     nvml, handle = _nvml(), _handle(uuid)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     fields = (nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX, nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX)
@@ -60,7 +60,7 @@ def gpu_state(uuid: str) -> GpuState:
 
 
 def gpu_link(first: str, second: str) -> str:
-    """How two GPUs of this machine are joined: "same GPU", `NVLINK`, or the part of the PCIe tree between them."""
+    """Return how two GPUs of this machine are linked: "same GPU", `NVLINK`, or the part of the PCIe tree between."""
     if first == second:
         return "same GPU"
     nvml = _nvml()
@@ -78,7 +78,10 @@ def gpu_link(first: str, second: str) -> str:
 
 
 def visible_gpus() -> list[str]:
-    """UUIDs of this machine's GPUs, in the driver's order. Creates no CUDA context. Raises `OSError` without any."""
+    """Return the UUIDs of this machine's GPUs, in the driver's order, without creating a CUDA context.
+
+    Raises `OSError` where there is no driver.
+    """
     nvml = _nvml()
     handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     return [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
@@ -86,7 +89,7 @@ def visible_gpus() -> list[str]:
 
 @cache
 def _nvml() -> Any:
-    """The library, started. Raises `OSError` with what is missing."""
+    """Return NVML, initialized. Raises `OSError` naming what is missing."""
     try:
         import pynvml
     except ImportError:
@@ -104,7 +107,7 @@ def _handle(uuid: str) -> Any:
 
 
 def _counter(handle: Any, field: int) -> int | None:
-    """A link counter, which NVML keeps in KiB."""
+    """Return a link counter in bytes (NVML counts KiB); None where the GPU has none."""
     (value,) = _nvml().nvmlDeviceGetFieldValues(handle, [(field, ALL_LINKS)])
     return value.value.ullVal * KIB if value.nvmlReturn == 0 else None
 

@@ -1,4 +1,7 @@
-"""Whether tensors still are where they were, asked at every sync (both sides)."""
+"""Tensor memory: which tensors share a storage, whether it has moved since the last sync, its bytes (both sides).
+
+The one place that says when two tensors are the same memory.
+"""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -9,74 +12,83 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+# Copies are fastest, and views of any dtype possible, when every message starts at a multiple of this.
+ALIGN_BYTES = 256
 _dtype = torch.Tensor.dtype.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class Spots:
-    """Where the memory of plain tensors is. A look costs some cache misses for each, which thousands can feel."""
+class StorageSnapshot:
+    """The addresses and layouts that plain tensors had when this was made.
+
+    To compare costs some cache misses for each tensor, which is noticeable with thousands of them.
+    """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
-        self._found = self._look()
+        self._taken = self._take()
 
     def unchanged(self) -> bool:
-        """Whether all are at the same addresses, in the same layouts."""
-        return self._look() == self._found
+        """Return whether all tensors are at the same addresses, in the same layouts."""
+        return self._take() == self._taken
 
-    def _look(self) -> list[list[Any]]:
-        """What changes when a tensor is given other memory. (A tensor's shape takes ten times as long.)"""
-        questions = (torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous, _dtype)
-        # vLLM's parameters would answer each through Python, twenty times as slowly.
+    def _take(self) -> list[list[Any]]:
+        """Read what changes when a tensor gets other memory. (Not its shape: reading that takes ten times as long.)"""
+        readers = (torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous, _dtype)
+        # vLLM's parameters would answer each of these through Python, twenty times as slowly.
         with torch._C.DisableTorchFunctionSubclass():
-            return [list(map(question, self._tensors)) for question in questions]
+            return [list(map(reader, self._tensors)) for reader in readers]
 
 
-class Places:
-    """Where plain tensors are kept."""
+class ModuleSnapshot:
+    """The tensors that some dictionaries (a module's, or a state dict) held when this was made, and their storage."""
 
     def __init__(self, containers: list[dict[str, Any]]) -> None:
         self._containers = containers
         self._sizes = list(map(len, containers))
         self._keys = list(chain.from_iterable(containers))
-        self._things = list(chain.from_iterable(map(dict.values, containers)))
-        self.tensors = [thing for thing in self._things if isinstance(thing, torch.Tensor)]
-        self._spots = Spots(self.tensors)
+        self._values = list(chain.from_iterable(map(dict.values, containers)))
+        self.tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
+        self._storage = StorageSnapshot(self.tensors)
 
     @classmethod
-    def of_module(cls, module: nn.Module) -> "Places":
-        """Of all parameters, buffers and modules below one."""
-        return cls([its for part in module.modules() for its in (part._parameters, part._buffers, part._modules)])
+    def of_module(cls, module: nn.Module) -> "ModuleSnapshot":
+        """Take a snapshot of all parameters, buffers and submodules of a module."""
+        return cls([each for part in module.modules() for each in (part._parameters, part._buffers, part._modules)])
 
-    def same(self) -> bool:
-        """Whether the same tensors are in the same places, and no others beside them. Touches none of them."""
+    def same_tensors(self) -> bool:
+        """Return whether the dictionaries hold the same objects and no others. Reads no tensor: see `unchanged`."""
         return (
             list(map(len, self._containers)) == self._sizes
             and all(map(is_, chain.from_iterable(self._containers), self._keys))
-            and all(map(is_, chain.from_iterable(map(dict.values, self._containers)), self._things))
+            and all(map(is_, chain.from_iterable(map(dict.values, self._containers)), self._values))
         )
 
     def unchanged(self) -> bool:
-        """Whether, besides, their memory is where it was."""
-        return self.same() and self._spots.unchanged()
+        """Return whether they are the same tensors and their memory has not moved."""
+        return self.same_tensors() and self._storage.unchanged()
 
 
-def identity(tensor: torch.Tensor) -> object:
-    """Equal for two names of one tensor. The memory's identity, not its address: empty shards have no address."""
+def storage_id(tensor: torch.Tensor) -> int:
+    """Return a number that is equal for tensors of one storage, for as long as that lives.
+
+    Not an address: storages without elements, such as empty shards, have none.
+    """
+    return tensor.untyped_storage()._cdata
+
+
+def tensor_id(tensor: torch.Tensor) -> object:
+    """Return a hashable value that is equal for two names of one tensor (tied weights), and for equal views of it."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    place = local.storage_offset(), tuple(local.shape), tuple(local.stride())
-    return local.untyped_storage()._cdata, place, tuple(tensor.shape), tensor.dtype
+    layout = local.storage_offset(), tuple(local.shape), tuple(local.stride())
+    return storage_id(local), layout, tuple(tensor.shape), tensor.dtype
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes, flat; a copy if it is not contiguous."""
+    """Return the tensor's bytes as flat uint8: a view, or a copy if it is not contiguous."""
     # One element counts as contiguous with any stride; viewed as bytes, it needs stride 1.
     return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-# Copies are fastest, and views of any dtype possible, when every message starts at a multiple of this.
-ALIGN_BYTES = 256
-
-
 def aligned(nbytes: int) -> int:
-    """The next multiple of `ALIGN_BYTES`."""
+    """Return the next multiple of `ALIGN_BYTES`."""
     return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES

@@ -1,4 +1,4 @@
-"""How one worker's moves become messages, and messages buckets: pure functions, the same on both sides."""
+"""One worker's moves as messages, and messages as buckets: pure functions, the same on both sides."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import torch
 from rollcast.comm.device.storage import ALIGN_BYTES, aligned
 from rollcast.comm.plan.region import Region
 
-# A contiguous piece of at least this size is a message of its own: it can be sent from where it is.
+# A contiguous piece of at least this size is a message of its own: it can be sent without a copy into a buffer.
 LARGE_BYTES = 1 << 20
 
 
@@ -20,18 +20,18 @@ class Move:
     param: int
     """Index into the manifest."""
     source: Region
-    """Of a contiguous tensor of the parameter's shape and wire dtype."""
+    """Region of a contiguous tensor of the parameter's shape and wire dtype."""
     target: str
     """The worker's name of the tensor."""
     region: Region
-    """Of the target; as many elements as `source`, in the same shape."""
+    """Region of the target, of the same shape as `source`."""
     stage: int | None = None
-    """Worker's number of the module that must be processed when all its moves have arrived. None: the target is
+    """The worker's number of the module that must be processed when all its moves have arrived. None: the target is
     the live tensor itself."""
 
     @property
     def in_place(self) -> bool:
-        """Whether the bytes of the wire are the bytes of the target."""
+        """Whether the bytes on the wire can be received straight into the target."""
         return self.stage is None and self.region.is_contiguous and self.source.dtype == self.region.dtype
 
     @property
@@ -42,7 +42,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One stretch of bytes on the wire: the pieces of one part of one target, in order."""
+    """One contiguous run of bytes on the wire: the pieces of one region of one target, in order."""
 
     target: str
     stage: int | None
@@ -50,14 +50,14 @@ class Message:
     pieces: tuple[tuple[int, Region], ...]
     """(parameter, source region) of each piece."""
     in_place: bool
-    """Whether the receiver takes it straight into the target."""
+    """See `Move.in_place`."""
     nbytes: int
     offset: int
-    """First byte in a bucket buffer, where one is used."""
+    """First byte in the bucket's buffer, where one is used."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the wire."""
+        """Dtype on the wire."""
         return self.pieces[0][1].dtype
 
     def __str__(self) -> str:
@@ -71,43 +71,43 @@ class Bucket:
 
     messages: tuple[Message, ...]
     nbytes: int
-    """Bytes of a bucket buffer that holds all of them."""
+    """Size of a buffer that holds all of them."""
     finishes: tuple[int, ...] = ()
-    """Stages whose last message is in this bucket."""
+    """The stages whose last message is in this bucket."""
 
 
-def fill_buckets(moves: Sequence[Move], walk: Sequence[int], *, bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Cut one worker's moves into buckets of at most `bucket_bytes` bytes, in the order of the walk.
+def fill_buckets(moves: Sequence[Move], gather_order: Sequence[int], *, bucket_bytes: int) -> tuple[Bucket, ...]:
+    """Cut one worker's moves into buckets of at most `bucket_bytes` bytes, parameter by parameter in `gather_order`.
 
-    A stage's last message ends its bucket, so that its workers can process the module while the sender goes on,
-    even where processing is collective over them.
+    A stage's last message ends its bucket, so that the workers can process the module while the sender goes on, even
+    where processing is collective over them. Raises `ValueError` if `bucket_bytes` is less than `ALIGN_BYTES`.
     """
     if bucket_bytes < ALIGN_BYTES:
         raise ValueError(f"bucket_bytes must be at least {ALIGN_BYTES}, got {bucket_bytes}")
-    messages = _messages(moves, walk, bucket_bytes)
+    messages = _messages(moves, gather_order, bucket_bytes)
     last = {message.stage: index for index, message in enumerate(messages) if message.stage is not None}
     buckets: list[Bucket] = []
-    filled: list[Message] = []
+    current: list[Message] = []
     used = 0
     for index, message in enumerate(messages):
-        if filled and aligned(used) + message.nbytes > bucket_bytes:
-            buckets.append(Bucket(tuple(filled), used))
-            filled, used = [], 0
-        filled.append(replace(message, offset=aligned(used)))
+        if current and aligned(used) + message.nbytes > bucket_bytes:
+            buckets.append(Bucket(tuple(current), used))
+            current, used = [], 0
+        current.append(replace(message, offset=aligned(used)))
         used = aligned(used) + message.nbytes
         if message.stage is not None and last[message.stage] == index:
-            buckets.append(Bucket(tuple(filled), used, (message.stage,)))
-            filled, used = [], 0
-    if filled:
-        buckets.append(Bucket(tuple(filled), used))
+            buckets.append(Bucket(tuple(current), used, (message.stage,)))
+            current, used = [], 0
+    if current:
+        buckets.append(Bucket(tuple(current), used))
     return tuple(buckets)
 
 
-def _messages(moves: Sequence[Move], walk: Sequence[int], bucket_bytes: int) -> list[Message]:
-    """Adjacent moves merged, large ones split."""
-    place = {param: index for index, param in enumerate(walk)}
+def _messages(moves: Sequence[Move], gather_order: Sequence[int], bucket_bytes: int) -> list[Message]:
+    """Return the moves in `gather_order` as messages: adjacent ones merged, those larger than a bucket split."""
+    position = {param: index for index, param in enumerate(gather_order)}
     messages: list[Message] = []
-    for whole in sorted(moves, key=lambda move: place[move.param]):
+    for whole in sorted(moves, key=lambda move: position[move.param]):
         for move in _split(whole, bucket_bytes // whole.source.dtype.itemsize):
             message = _message(move)
             if messages and (merged := _merged(messages[-1], message, bucket_bytes)):
@@ -124,40 +124,40 @@ def _message(move: Move) -> Message:
 
 
 def _merged(first: Message, second: Message, bucket_bytes: int) -> Message | None:
-    """The two as one message, if their targets adjoin and neither is better sent from where it is."""
-    place, following = first.region, second.region
+    """Return the two as one message, if their targets adjoin and neither is better sent without a copy."""
+    region, following = first.region, second.region
     if (
-        (first.target, first.stage, place.dtype, first.dtype)
+        (first.target, first.stage, region.dtype, first.dtype)
         != (second.target, second.stage, following.dtype, second.dtype)
-        or not (place.is_contiguous and following.is_contiguous)
-        or place.offset + place.numel != following.offset
+        or not (region.is_contiguous and following.is_contiguous)
+        or region.offset + region.numel != following.offset
         or first.nbytes + second.nbytes > bucket_bytes
         or _is_large(first)
         or _is_large(second)
     ):
         return None
-    region = Region((place.numel + following.numel,), (1,), place.offset, place.dtype)
-    return replace(first, region=region, pieces=first.pieces + second.pieces, nbytes=first.nbytes + second.nbytes)
+    both = Region((region.numel + following.numel,), (1,), region.offset, region.dtype)
+    return replace(first, region=both, pieces=first.pieces + second.pieces, nbytes=first.nbytes + second.nbytes)
 
 
 def _is_large(message: Message) -> bool:
     return len(message.pieces) == 1 and message.nbytes >= LARGE_BYTES and message.pieces[0][1].is_contiguous
 
 
-def _split(move: Move, most: int) -> Iterator[Move]:
-    """The move in parts of at most `most` elements."""
+def _split(move: Move, max_numel: int) -> Iterator[Move]:
+    """Yield the move in parts of at most `max_numel` elements."""
     source, region = move.source, move.region
-    if source.numel <= most:
+    if source.numel <= max_numel:
         if source.numel:
             yield move
         return
     if source.is_contiguous and region.is_contiguous:
         source, region = source.flat(), region.flat()
-    rows = most // prod(source.shape[1:])
+    rows = max_numel // prod(source.shape[1:])
     step = max(rows, 1)
     for start in range(0, source.shape[0], step):
         part = replace(move, source=source.rows(start, step), region=region.rows(start, step))
         if rows:
             yield part
         else:
-            yield from _split(replace(part, source=part.source.row(), region=part.region.row()), most)
+            yield from _split(replace(part, source=part.source.row(), region=part.region.row()), max_numel)

@@ -1,4 +1,4 @@
-"""What travels: the specs of a model's weights, in order (both sides)."""
+"""Name, shape and wire dtype of every weight that a sync sends, in order (both sides)."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ class ParamSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The ordered specs of a whole model. The order is the order of iteration and of the wire."""
+    """The specs of all parameters of a model, in the order in which a `WeightSource` iterates over them."""
 
     specs: tuple[ParamSpec, ...]
 
@@ -54,17 +54,17 @@ class Manifest:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The manifest as JSON."""
+        """Encode the manifest as JSON."""
         return json.dumps([[s.name, s.shape, str(s.dtype).removeprefix("torch.")] for s in self.specs]).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
-        """Inverse of `to_bytes`."""
+        """Decode what `to_bytes` encoded."""
         rows = json.loads(data)
         return cls(tuple(ParamSpec(name, tuple(shape), getattr(torch, dtype)) for name, shape, dtype in rows))
 
     def difference(self, other: "Manifest") -> str | None:
-        """The first place where `other` differs, in words; None when the two are equal."""
+        """Describe the first parameter in which `other` differs; None when the two are equal."""
         if other is self:
             return None
         for mine, theirs in zip(self.specs, other.specs, strict=False):

@@ -1,4 +1,4 @@
-"""A strided part of a tensor, as data (both sides)."""
+"""A strided part of a tensor as data: what `torch.as_strided` takes (both sides)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Elements of a tensor picked by `shape`, `stride` and `offset`.
+    """The elements of a tensor that `shape`, `stride` and `offset` select.
 
-    Strides and offset count elements of `dtype` from the tensor's own first element, so a region made on one
-    tensor can be bound to any other tensor of the same layout.
+    Strides and offset count elements of `dtype` from the tensor's own first element, so a region of one tensor can be
+    applied to any other tensor of the same layout.
     """
 
     shape: tuple[int, ...]
@@ -22,30 +22,30 @@ class Region:
 
     @classmethod
     def of(cls, part: torch.Tensor, *, base_offset_bytes: int = 0) -> "Region":
-        """The region that `part` is, relative to a tensor that starts `base_offset_bytes` into its storage."""
+        """Return `part` as a region of the tensor that starts `base_offset_bytes` into the same storage."""
         offset_bytes = part.storage_offset() * part.element_size() - base_offset_bytes
         assert offset_bytes % part.element_size() == 0
         return cls(tuple(part.shape), tuple(part.stride()), offset_bytes // part.element_size(), part.dtype)
 
     @classmethod
     def whole(cls, shape: Sequence[int], dtype: torch.dtype) -> "Region":
-        """All of a contiguous tensor."""
+        """Return the region of all elements of a contiguous tensor."""
         strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
         return cls(tuple(shape), tuple(strides), 0, dtype)
 
     def flat(self) -> "Region":
-        """The same elements in one dimension. Contiguous regions only."""
+        """Return the same elements in one dimension. Contiguous regions only."""
         assert self.is_contiguous
         return Region((self.numel,), (1,), self.offset, self.dtype)
 
     def rows(self, start: int, count: int) -> "Region":
-        """At most `count` rows (indices of the first dimension) from `start` on."""
+        """Return at most `count` rows (indices of the first dimension) from `start` on."""
         count = min(count, self.shape[0] - start)
         offset = self.offset + start * self.stride[0]
         return Region((count, *self.shape[1:]), self.stride, offset, self.dtype)
 
     def row(self) -> "Region":
-        """The only row, without the dimension that counts rows."""
+        """Return the only row, without the first dimension."""
         assert self.shape[0] == 1
         return Region(self.shape[1:], self.stride[1:], self.offset, self.dtype)
 
@@ -59,7 +59,7 @@ class Region:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the elements follow each other without a gap, in order."""
+        """Whether the elements are adjacent in memory, in row-major order."""
         if self.numel == 0:
             return True
         expected = 1
@@ -70,11 +70,11 @@ class Region:
         return True
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Bind the region to `tensor`: a view that shares its memory."""
+        """Return this region of `tensor` as a view that shares its memory."""
         if tensor.dtype != self.dtype:
             raise ValueError(f"a region of {self.dtype} cannot view a tensor of {tensor.dtype}")
         return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
 
     def bytes_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The region's bytes in `tensor`: a flat uint8 view. Contiguous regions only."""
+        """Return this region of `tensor` as a flat uint8 view of its bytes. Contiguous regions only."""
         return self.flat().view(tensor).view(torch.uint8)

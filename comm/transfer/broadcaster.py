@@ -1,4 +1,4 @@
-"""The sending side of a plan (runs on every trainer rank)."""
+"""The sending side of a plan (every trainer rank)."""
 
 from collections.abc import Iterator, Mapping
 from itertools import islice, takewhile
@@ -8,20 +8,20 @@ import torch
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.plan.transfer import TransferPlan
 from rollcast.comm.report import PhaseTimer
-from rollcast.comm.transfer.lane_sender import Formats, Load, Outbox
+from rollcast.comm.transfer.lane_sender import Formats, LaneSender, OutgoingBucket
 from rollcast.comm.transfer.source import WeightSource
-from rollcast.comm.transport.base import Group
+from rollcast.comm.transport import Group
 
 
 class WeightBroadcaster:
-    """Walks a source in the plan's order and streams the lanes that this trainer rank sends.
+    """Gathers a source's weights in the plan's order and streams the lanes that this trainer rank sends.
 
         broadcaster = WeightBroadcaster(source, plan, rank=trainer_rank, device=torch.device("cpu"))
         broadcaster.send(groups, deadline=Deadline(60), timer=PhaseTimer())      # groups: {lane index: group}
 
-    Bucket k + 1 is packed while bucket k is on the wire. Buffers are made at the first send and kept; so are the
-    views of weights that stay where they are, and then no weight costs a line of Python, and what needs no buffer is on
-    its way at once.
+    Bucket k + 1 is packed while bucket k is on the wire. Buffers are allocated at the first send and kept. Weights
+    that stay in the same memory keep their bucket views as well: later syncs run no Python per tensor, and buckets
+    that need no buffer are all on their way at once.
     """
 
     def __init__(self, source: WeightSource, plan: TransferPlan, *, rank: int = 0, device: torch.device) -> None:
@@ -29,9 +29,10 @@ class WeightBroadcaster:
         self._plan = plan
         self._device = device
         self._own = [lane for lane in plan.lanes if lane.sender == rank and lane.buckets]
-        self._lanes: dict[int, Outbox] = {}
+        self._lanes: dict[int, LaneSender] = {}
         self._formats: Formats = ()
-        self._bound: tuple[list[torch.Tensor], list[Load]] | None = None
+        # The buckets of the last sync in sending order, and the source's tensor list that they are views of.
+        self._cached: tuple[list[torch.Tensor], list[OutgoingBucket]] | None = None
 
     def send(
         self,
@@ -40,79 +41,80 @@ class WeightBroadcaster:
         deadline: Deadline,
         timer: PhaseTimer,
         checksums: bool = False,
-        looked: bool = False,
+        peeked: bool = False,
     ) -> None:
-        """Send every weight once, then their checksums if asked to. Collective over the trainer ranks.
+        """Send every weight once, then the checksums if asked to. Collective over the trainer ranks.
 
-        `groups` has the groups of this rank's lanes, of which it is rank 0. With `looked` the caller has called
-        `source.glance()` for this very send. A failure of the wire is raised after the walk: the other trainer
+        `groups` has the groups of this rank's lanes, of which it is rank 0. With `peeked` the caller has called
+        `source.peek_manifest()` for this very send. Raises `ValueError` for weights that no longer match the plan,
+        and a transport's `RuntimeError` or `TimeoutError` only after the whole source was gathered: the other trainer
         ranks gather shards with this one and would wait for it for ever.
         """
-        if not looked:
-            self._source.glance()
-        self._lay_out()
-        loads = self._loads(timer)
+        if not peeked:
+            self._source.peek_manifest()
+        self._prepare_lanes()
+        buckets = self._outgoing(timer)
         try:
             for lane in self._lanes.values():
-                lane.open(groups[lane.index], deadline, timer, checksums=checksums)
-            for load in loads:
-                self._lanes[load.lane].flush(load)
+                lane.begin(groups[lane.index], deadline, timer, checksums=checksums)
+            for bucket in buckets:
+                self._lanes[bucket.lane].send(bucket)
             for lane in self._lanes.values():
                 lane.finish()
         except Exception:
-            drain(loads)
+            _exhaust(buckets)
             raise
 
     def release(self) -> None:
-        """Let go of the weights' memory; the next `send` finds it again. Buffers are kept."""
-        self._bound = None
+        """Drop the references to the weights' memory; the next `send` gathers them again. Buffers are kept."""
+        self._cached = None
 
-    def _lay_out(self) -> None:
-        """Plan the buffers, for weights as the trainer has them now."""
-        if self._bound is not None and self._bound[0] is self._source.steady():
-            if all(load.holds() for load in self._bound[1][:1]):
+    def _prepare_lanes(self) -> None:
+        """Lay out the buffers for the weights' present dtypes and devices, unless the cached buckets are valid."""
+        if self._cached is not None and self._cached[0] is self._source.stable_tensors():
+            if all(bucket.is_valid() for bucket in self._cached[1][:1]):
                 return
-            # As a rule, if one was moved all were.
-            self._source.current()
+            # As a rule, if one weight was moved all were: read all of them now instead of bucket by bucket.
+            self._source.current_manifest()
         formats = self._source.formats()
         if not self._lanes or formats != self._formats:
-            self._lanes = {lane.index: Outbox(lane, formats, self._device) for lane in self._own}
+            self._lanes = {lane.index: LaneSender(lane, formats, self._device) for lane in self._own}
             self._formats = formats
-        self._bound = None
+        self._cached = None
 
-    def _loads(self, timer: PhaseTimer) -> "Iterator[Load]":
-        """Every bucket of every lane, in the order of the walk, ready to be packed and sent."""
+    def _outgoing(self, timer: PhaseTimer) -> Iterator[OutgoingBucket]:
+        """Yield every bucket of every lane in the order of gathering, ready to be packed and sent."""
         sent = 0
-        if self._bound is not None:
-            # Each is looked at when its turn comes: meanwhile, those before it travel.
-            for load in takewhile(Load.holds, self._bound[1]):
-                yield load
+        if self._cached is not None:
+            # Each is checked just before it is sent, while those before it are on the wire.
+            for bucket in takewhile(OutgoingBucket.is_valid, self._cached[1]):
+                yield bucket
                 sent += 1
-            if sent == len(self._bound[1]):
+            if sent == len(self._cached[1]):
                 return
-            # The trainer has given its weights other memory since.
-            self._source.check()
+            # The trainer has moved weights since the last sync.
+            self._source.check_unchanged()
             if self._source.formats() != self._formats:
                 raise ValueError("weights have changed their dtype or device since the last sync")
-        yield from islice(self._made(timer), sent, None)
+        yield from islice(self._gathered(timer), sent, None)
 
-    def _made(self, timer: PhaseTimer) -> "Iterator[Load]":
-        """The same, from a walk; they are kept if weights stay where they are."""
-        steady = self._source.steady()
-        made: list[Load] = []
-        for param, tensor in _timed(self._source.walk(self._plan.walk), timer):
+    def _gathered(self, timer: PhaseTimer) -> Iterator[OutgoingBucket]:
+        """Yield the same buckets from newly gathered weights; cache them if the weights' memory stays the same."""
+        stable = self._source.stable_tensors()
+        buckets: list[OutgoingBucket] = []
+        for param, tensor in _timed(self._source.gather(self._plan.gather_order), timer):
             for lane in self._lanes.values():
-                for load in lane.feed(param, tensor):
-                    if steady is not None:
-                        load.spots = self._source.spots(load.params)
-                        made.append(load)
-                    yield load
-        self._bound = (steady, made) if steady is not None else None
+                for bucket in lane.add(param, tensor):
+                    if stable is not None:
+                        bucket.snapshot = self._source.storage_snapshot(bucket.params)
+                        buckets.append(bucket)
+                    yield bucket
+        self._cached = (stable, buckets) if stable is not None else None
 
 
-def drain(tensors: Iterator[object]) -> None:
-    """Walk the rest, which the other ranks walk too."""
-    for _ in tensors:
+def _exhaust(buckets: Iterator[OutgoingBucket]) -> None:
+    """Gather the rest, which the other ranks gather too."""
+    for _ in buckets:
         pass
 
 

@@ -1,18 +1,18 @@
-"""Buckets on the wire, at most two at a time (both sides)."""
+"""A lane's bucket buffers, and the broadcasts that use them, at most two at a time (both sides)."""
 
 import torch
 
 from rollcast.comm.deadline import Deadline
-from rollcast.comm.transport.base import Work
+from rollcast.comm.transport import Work
 
 # One bucket is packed (or applied) while the other is on the wire.
 DEPTH = 2
 
 
-class Window:
-    """Buffers, made once and used in turn, and the broadcasts that use them.
+class BufferRing:
+    """Buffers, allocated once and used in turn, and the broadcasts that use them.
 
-    What belongs to a bucket may be reused, its buffer and the tensors sent from where they are, only after the
+    The memory of a bucket (its buffer, and the tensors that are sent without a copy) may be reused only after the
     bucket's broadcast is done.
     """
 
@@ -21,36 +21,39 @@ class Window:
         self._device = device
         self._buffers: list[torch.Tensor] = []
         self._works: list[Work | None] = [None] * DEPTH
-        self._held: list[object] = [None] * DEPTH
+        self._keep_alive: list[object] = [None] * DEPTH
 
-    def buffer(self, turn: int) -> torch.Tensor:
-        """The buffer of bucket number `turn`. The first call makes the buffers: not every lane needs any."""
+    def buffer(self, bucket: int) -> torch.Tensor:
+        """Return the buffer (flat uint8) of bucket number `bucket`.
+
+        The first call allocates the buffers: not every lane needs any.
+        """
         if not self._buffers:
             self._buffers = [torch.empty(self._nbytes, dtype=torch.uint8, device=self._device) for _ in range(DEPTH)]
-        return self._buffers[turn % DEPTH]
+        return self._buffers[bucket % DEPTH]
 
-    def wait(self, turn: int, *, deadline: Deadline) -> None:
-        """Wait for the broadcast that uses the buffer of bucket number `turn`, if there is one."""
-        slot = turn % DEPTH
+    def wait(self, bucket: int, *, deadline: Deadline) -> None:
+        """Wait for the broadcast that uses the buffer of bucket number `bucket`, if there is one."""
+        slot = bucket % DEPTH
         work, self._works[slot] = self._works[slot], None
         if work is not None:
             work.wait(deadline)
-        self._held[slot] = None
+        self._keep_alive[slot] = None
 
-    def put(self, turn: int, work: Work, *, held: object = None) -> None:
-        """Note that bucket number `turn` is on the wire; `held` is kept alive until it is done."""
-        self._works[turn % DEPTH] = work
-        self._held[turn % DEPTH] = held
+    def put(self, bucket: int, work: Work, *, keep_alive: object = None) -> None:
+        """Record the broadcast of bucket number `bucket`; `keep_alive` is referenced until it is done."""
+        self._works[bucket % DEPTH] = work
+        self._keep_alive[bucket % DEPTH] = keep_alive
 
-    def drain(self, *, deadline: Deadline) -> None:
-        """Wait for everything."""
-        for turn in range(DEPTH):
-            self.wait(turn, deadline=deadline)
+    def wait_all(self, *, deadline: Deadline) -> None:
+        """Wait for every recorded broadcast."""
+        for bucket in range(DEPTH):
+            self.wait(bucket, deadline=deadline)
 
-    def release(self) -> None:
-        """Give the buffers back. Nothing may be on the wire."""
+    def free_buffers(self) -> None:
+        """Free the buffers; the next `buffer` allocates them again. No broadcast may be under way."""
         self._buffers = []
 
-    def forget(self) -> None:
-        """Drop broadcasts that failed, so that the buffers can be used again."""
-        self._works, self._held = [None] * DEPTH, [None] * DEPTH
+    def reset(self) -> None:
+        """Drop the broadcasts of a sync that failed, so that the buffers can be used again."""
+        self._works, self._keep_alive = [None] * DEPTH, [None] * DEPTH

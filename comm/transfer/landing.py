@@ -1,4 +1,4 @@
-"""Where what a worker receives goes (worker)."""
+"""The interface between comm and rollout: where received weights are written (vLLM worker)."""
 
 from typing import Protocol
 
@@ -6,35 +6,40 @@ import torch
 
 
 class VerifyError(RuntimeError):
-    """What arrived, or what is in memory, is not what was sent."""
+    """Received bytes, or weights in memory, differ from what the trainer sent."""
 
 
 class Landing(Protocol):
-    """Where a worker's parameters are."""
+    """A worker's parameters, as a `WeightReceiver` writes them.
+
+    The calls of one sync: `begin`, then the moves; `finish(stage)` after the last move of each stage; then `commit`.
+    After an error at any point: `abort`.
+    """
 
     def live(self, target: str) -> torch.Tensor:
-        """The live tensor that the moves without a stage write. Asked for once."""
+        """Return the live tensor that moves without a stage write. Called once, when the receiver is made."""
         ...
 
     def staging(self, stage: int, target: str) -> torch.Tensor:
-        """The tensor that a stage's moves write. Valid until `finish(stage)`."""
+        """Return the tensor that the moves of a stage write. Valid until `finish(stage)`."""
         ...
 
-    def begin(self, *, confirming: bool = False) -> None:
-        """A sync starts: the parameters may be written from now on.
+    def begin(self, *, verifying: bool = False) -> None:
+        """Begin a sync: the parameters may be written from now on.
 
-        When `confirming`, the weights are those that are there: a stage whose outcome changes raises `VerifyError`.
+        With `verifying` the same weights are received again: `finish` must not change parameters, and raises
+        `VerifyError` for a stage whose processed weights differ from those in memory.
         """
         ...
 
     def finish(self, stage: int) -> None:
-        """All moves of a stage have arrived: process its module."""
+        """Process the module of a stage, all moves of which have arrived."""
         ...
 
     def commit(self) -> None:
-        """Everything has arrived: finish whatever needs all of it."""
+        """Complete the sync, after everything has arrived."""
         ...
 
-    def abandon(self) -> None:
-        """The sync failed: drop what is unfinished."""
+    def abort(self) -> None:
+        """Drop what is unfinished of a sync that failed."""
         ...

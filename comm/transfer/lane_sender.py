@@ -1,4 +1,4 @@
-"""What one lane has on its way out (trainer)."""
+"""The sending side of one lane: pack weights into buckets and broadcast them (trainer)."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -8,159 +8,167 @@ import torch
 
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.device.checksum import checksum
-from rollcast.comm.device.storage import Spots, aligned
+from rollcast.comm.device.storage import StorageSnapshot, aligned
 from rollcast.comm.plan.buckets import Message
 from rollcast.comm.plan.region import Region
 from rollcast.comm.plan.transfer import Lane
 from rollcast.comm.report import PhaseTimer
-from rollcast.comm.transfer.buffer_ring import Window
-from rollcast.comm.transport.base import Group, Parcel, Work
+from rollcast.comm.transfer.buffer_ring import BufferRing
+from rollcast.comm.transport import Group, PersistentTensors, Work
 
 Formats = Sequence[tuple[torch.dtype, str]]
-"""Dtype and kind of device of each parameter, as the trainer has it."""
-NOTHING = torch.empty(0, dtype=torch.uint8)
-# More is not on the wire at a time. A receiver that has stopped must be noticed, not written to.
-MOST_UNANSWERED = 8
+"""Dtype and device type of each parameter at the trainer."""
+EMPTY = torch.empty(0, dtype=torch.uint8)
+# Most unacknowledged broadcasts that use no buffer: bounds how far a lane runs ahead of a receiver that died.
+MAX_UNACKNOWLEDGED = 8
 
 
 @dataclass(slots=True)
-class Load:
-    """One bucket on its way out."""
+class OutgoingBucket:
+    """One bucket, ready to be packed and sent."""
 
     lane: int
-    turn: int
-    tensors: Parcel
-    """Of each message: the bytes to send, from where they are or in the bucket's buffer."""
+    """Index of its lane."""
+    number: int
+    """Position among the lane's buckets."""
+    tensors: PersistentTensors
+    """The bytes of each message: the trainer's own memory, or a part of the bucket's buffer."""
     params: list[int] = field(default_factory=list)
-    """What it has parts of."""
-    spots: Spots | None = None
-    """Where the weights are, if they stay there. Else they are let go when they are sent."""
-    rooms: list[torch.Tensor] = field(default_factory=list)
-    parts: list[torch.Tensor] = field(default_factory=list)
-    """What is copied into `rooms`, views of the buffer, before."""
+    """Parameters that it has parts of."""
+    snapshot: StorageSnapshot | None = None
+    """Storage of these parameters, if it stays the same from sync to sync. None: the tensors are made for this sync
+    and freed when they are sent."""
+    buffer_views: list[torch.Tensor] = field(default_factory=list)
+    packed: list[torch.Tensor] = field(default_factory=list)
+    """Parts of parameters that are copied (and cast) into `buffer_views` before the bucket is sent."""
 
-    def holds(self) -> bool:
-        """Whether the weights still are where they were when it was made."""
-        return self.spots is not None and self.spots.unchanged()
+    def is_valid(self) -> bool:
+        """Return whether the parameters are still in the memory that they were in when this was made."""
+        return self.snapshot is not None and self.snapshot.unchanged()
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
+    """A part of one parameter, and where it goes."""
+
     message: int
     """Index in its bucket."""
-    room: int | None
-    """First byte in the bucket's buffer. None: sent from where it is, as a message of its own."""
+    offset: int | None
+    """First byte in the bucket's buffer. None: sent from the trainer's memory, as a message of its own."""
     source: Region
-    last: bool
-    """Whether it completes its bucket."""
+    completes_bucket: bool
 
 
-class Outbox:
-    """One lane: what it needs of each parameter and where that goes; in a sync, its buckets on the wire."""
+class LaneSender:
+    """One lane: which parts of each parameter it needs, and the buckets of a sync that are on the wire.
+
+    A sync is `begin`, `add` for every parameter (or the buckets of an earlier sync), `send` for every bucket, `finish`.
+    """
 
     def __init__(self, lane: Lane, formats: Formats, device: torch.device) -> None:
         self.index = lane.index
         self._buckets = lane.buckets
         self._pieces: dict[int, list[_Piece]] = defaultdict(list)
-        self._rooms: list[dict[int, int]] = []
-        used = [self._place(turn, formats, device.type) for turn in range(len(lane.buckets))]
-        self.window = Window(max(used), device=device)
+        # For each bucket: index of a message that is packed -> its first byte in the buffer.
+        self._offsets: list[dict[int, int]] = []
+        used = [self._assign_offsets(number, formats, device.type) for number in range(len(lane.buckets))]
+        self.ring = BufferRing(max(used), device=device)
         self._works: deque[Work] = deque()
-        self._load: Load | None = None
+        self._open: OutgoingBucket | None = None
 
-    def _place(self, turn: int, formats: Formats, device: str) -> int:
-        """Give every message that cannot be sent from where it is its room in the buffer; return the bytes needed."""
+    def _assign_offsets(self, number: int, formats: Formats, device: str) -> int:
+        """Place every message that must be packed in the bucket's buffer; return the bytes needed."""
         used = 0
-        rooms: dict[int, int] = {}
-        messages = self._buckets[turn].messages
+        offsets: dict[int, int] = {}
+        messages = self._buckets[number].messages
         for index, message in enumerate(messages):
-            if not _is_movable(message, formats, device):
-                rooms[index] = used = aligned(used)
+            if not _is_sendable(message, formats, device):
+                offsets[index] = used = aligned(used)
                 used += message.nbytes
-            offset = rooms.get(index)
+            offset = offsets.get(index)
             for position, (param, source) in enumerate(message.pieces, start=1):
                 last = (index, position) == (len(messages) - 1, len(message.pieces))
                 self._pieces[param].append(_Piece(index, offset, source, last))
                 offset = offset + source.nbytes if offset is not None else None
-        self._rooms.append(rooms)
+        self._offsets.append(offsets)
         return used
 
-    def open(self, group: Group, deadline: Deadline, timer: PhaseTimer, *, checksums: bool) -> None:
-        """A sync starts."""
+    def begin(self, group: Group, deadline: Deadline, timer: PhaseTimer, *, checksums: bool) -> None:
+        """Begin a sync over `group`, of which this rank is rank 0."""
         self._group, self._deadline, self._timer = group, deadline, timer
         self._sums: list[torch.Tensor] | None = [] if checksums else None
-        self._turn, self._sent = 0, 0
-        self._load = None
+        self._next, self._sent = 0, 0
+        self._open = None
         self._works.clear()
-        self.window.forget()
+        self.ring.reset()
 
-    def feed(self, param: int, tensor: torch.Tensor) -> Iterator[Load]:
-        """Take what the lane needs of a full tensor; yield every bucket that is complete by now."""
+    def add(self, param: int, tensor: torch.Tensor) -> Iterator[OutgoingBucket]:
+        """Take the parts that the lane needs of a full tensor; yield every bucket that they complete."""
         pieces = self._pieces.get(param, ())
         if pieces and not tensor.is_contiguous():
             tensor = tensor.contiguous()
         for piece in pieces:
-            load = self._load = self._load or self._begin()
-            if load.params[-1:] != [param]:
-                load.params.append(param)
+            bucket = self._open = self._open or self._next_bucket()
+            if bucket.params[-1:] != [param]:
+                bucket.params.append(param)
             source = piece.source
-            if piece.room is None:
-                load.tensors[piece.message] = source.bytes_of(tensor)
+            if piece.offset is None:
+                bucket.tensors[piece.message] = source.bytes_of(tensor)
             else:
-                room = self.window.buffer(load.turn)[piece.room : piece.room + source.nbytes]
-                load.rooms.append(room.view(source.dtype).view(source.shape))
+                part = self.ring.buffer(bucket.number)[piece.offset : piece.offset + source.nbytes]
+                bucket.buffer_views.append(part.view(source.dtype).view(source.shape))
                 offset = tensor.storage_offset() + source.offset
-                load.parts.append(tensor.as_strided(source.shape, source.stride, offset))
-            if piece.last:
+                bucket.packed.append(tensor.as_strided(source.shape, source.stride, offset))
+            if piece.completes_bucket:
                 # At once: workers that process a stage together may wait for this bucket on another lane.
-                self._load = None
-                yield load
+                self._open = None
+                yield bucket
 
-    def flush(self, load: Load) -> None:
-        """Pack the bucket and put it on the wire."""
-        waits = bool(load.rooms) or load.spots is None
+    def send(self, bucket: OutgoingBucket) -> None:
+        """Pack the bucket and start its broadcast."""
+        in_ring = bool(bucket.buffer_views) or bucket.snapshot is None
         with self._timer("wire"):
             # The buffer is free once the broadcast that used it last is done.
-            if waits:
-                self.window.wait(load.turn, deadline=self._deadline)
+            if in_ring:
+                self.ring.wait(bucket.number, deadline=self._deadline)
         with self._timer("pack"):
-            if load.rooms:
-                torch._foreach_copy_(load.rooms, load.parts)
+            if bucket.buffer_views:
+                torch._foreach_copy_(bucket.buffer_views, bucket.packed)
         if self._sums is not None:
             with self._timer("verify"):
-                self._sums += [checksum(tensor) for tensor in load.tensors]
+                self._sums += [checksum(tensor) for tensor in bucket.tensors]
         with self._timer("wire"):
-            work = self._group.broadcast(load.tensors, root=0, deadline=self._deadline)
-            if waits:
-                self.window.put(load.turn, work, held=load)
+            work = self._group.broadcast(bucket.tensors, root=0, deadline=self._deadline)
+            if in_ring:
+                self.ring.put(bucket.number, work, keep_alive=bucket)
             else:
                 self._works.append(work)
-                if len(self._works) > MOST_UNANSWERED:
+                if len(self._works) > MAX_UNACKNOWLEDGED:
                     self._works.popleft().wait(self._deadline)
         self._sent += 1
 
     def finish(self) -> None:
-        """Wait until everything is there; send the checksums."""
+        """Wait until every bucket has been received, then send the checksums if they were asked for."""
         assert self._sent == len(self._buckets)
         with self._timer("wire"):
             for work in self._works:
                 work.wait(self._deadline)
-            self.window.drain(deadline=self._deadline)
+            self.ring.wait_all(deadline=self._deadline)
             if self._sums:
                 sums = torch.stack(self._sums).view(torch.uint8)
                 self._group.broadcast([sums], root=0, deadline=self._deadline).wait(self._deadline)
 
-    def _begin(self) -> Load:
-        """The next bucket, with the views of its buffer that will be sent."""
-        turn, self._turn = self._turn, self._turn + 1
-        tensors = Parcel([NOTHING] * len(self._buckets[turn].messages))
-        for index, room in self._rooms[turn].items():
-            message = self._buckets[turn].messages[index]
-            tensors[index] = self.window.buffer(turn)[room : room + message.nbytes]
-        return Load(self.index, turn, tensors)
+    def _next_bucket(self) -> OutgoingBucket:
+        """Start the next bucket, with views of its buffer for the messages that are packed."""
+        number, self._next = self._next, self._next + 1
+        messages = self._buckets[number].messages
+        tensors = PersistentTensors([EMPTY] * len(messages))
+        for index, offset in self._offsets[number].items():
+            tensors[index] = self.ring.buffer(number)[offset : offset + messages[index].nbytes]
+        return OutgoingBucket(self.index, number, tensors)
 
 
-def _is_movable(message: Message, formats: Formats, device: str) -> bool:
-    """Whether it can be sent from where the trainer has it."""
-    (param, source), *more = message.pieces
-    return not more and source.is_contiguous and formats[param] == (source.dtype, device)
+def _is_sendable(message: Message, formats: Formats, device: str) -> bool:
+    """Return whether the message can be sent from the trainer's memory, without a copy."""
+    (param, source), *others = message.pieces
+    return not others and source.is_contiguous and formats[param] == (source.dtype, device)

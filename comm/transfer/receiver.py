@@ -1,6 +1,7 @@
-"""The receiving side of a plan (runs in every vLLM worker)."""
+"""The receiving side of a plan (every vLLM worker)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,14 +12,13 @@ from rollcast.comm.device.storage import aligned, flat_bytes
 from rollcast.comm.plan.buckets import Message
 from rollcast.comm.plan.transfer import Lane
 from rollcast.comm.report import PhaseTimer
-from rollcast.comm.transfer.buffer_ring import DEPTH, Window
+from rollcast.comm.transfer.buffer_ring import DEPTH, BufferRing
 from rollcast.comm.transfer.landing import Landing, VerifyError
-from rollcast.comm.transport.base import Group, Parcel, Work
+from rollcast.comm.transport import Group, PersistentTensors, Work
 
-# Buckets that may travel while live parameters are still read: as long as a wire is busy in the time of a decoding step
-# or two.
-AHEAD = 4
-DAMAGED = "arrived damaged: its checksum is not the sender's"
+# Most buckets that are received while an engine still reads the live parameters: what the wire carries in the time of
+# a decoding step or two.
+MAX_PREFETCHED = 4
 
 
 class WeightReceiver:
@@ -29,59 +29,63 @@ class WeightReceiver:
 
     Bucket k + 1 is on its way before bucket k has arrived. Views and buffers are made once and kept.
 
-    `start` makes use of the time for which live parameters are still read: the first buckets travel meanwhile.
+    `start_prefetch` uses the time in which live parameters are still read: the first buckets are received beside them.
     """
 
     def __init__(self, lane: Lane, landing: Landing, *, device: torch.device) -> None:
         self.lane = lane
         self._landing = landing
         self.device = device
-        self._buckets = [[Inbox(message, landing, device) for message in bucket.messages] for bucket in lane.buckets]
-        self._staged = [
-            [index for index, box in enumerate(bucket) if box.message.stage is not None] for bucket in self._buckets
+        self._buckets = [
+            [ReceiveSlot(message, landing, device) for message in bucket.messages] for bucket in lane.buckets
         ]
-        self._window = Window(max((lay_out(bucket) for bucket in self._buckets), default=0), device=device)
-        # Posted tensors and their copies into live parameters are the same at every sync.
-        self._bound: dict[int, tuple[Parcel, list[torch.Tensor], list[torch.Tensor]]] = {}
-        self._ahead: list[Ahead] = []
-        self.started = 0
-        """Buckets that travel since `start`."""
+        self._staged = [
+            [index for index, slot in enumerate(bucket) if slot.message.stage is not None] for bucket in self._buckets
+        ]
+        self._ring = BufferRing(max((assign_offsets(bucket) for bucket in self._buckets), default=0), device=device)
+        self._bound: dict[int, BoundBucket] = {}
+        self._prefetched: list[PrefetchedBucket] = []
+        self.prefetch_count = 0
+        """Buckets under way since `start_prefetch`."""
 
-    def get_ahead(self, spare_of: Callable[[torch.device], int]) -> bool:
-        """Make ready for `start`, once, in memory that the device can spare. Whether there is room for any bucket."""
-        if not self._ahead:
-            spare = spare_of(self.device)
-            buffered = any(not box.in_place for bucket in self._buckets[:AHEAD] for box in bucket)
-            for turn, bucket in enumerate(self._buckets[: DEPTH if buffered else AHEAD]):
-                spare -= spare_bytes(bucket)
+    def prepare_prefetch(self, spare_bytes_of: Callable[[torch.device], int]) -> bool:
+        """Allocate memory for `start_prefetch`, once, of at most `spare_bytes_of(device)` bytes.
+
+        Returns whether there is memory for any bucket.
+        """
+        if not self._prefetched:
+            spare = spare_bytes_of(self.device)
+            buffered = any(not slot.in_place for bucket in self._buckets[:MAX_PREFETCHED] for slot in bucket)
+            for number, bucket in enumerate(self._buckets[: DEPTH if buffered else MAX_PREFETCHED]):
+                spare -= in_place_bytes(bucket)
                 if spare < 0:
                     break
                 try:
-                    self._ahead.append(Ahead(bucket, self._bind(turn)[0]))
+                    self._prefetched.append(PrefetchedBucket(bucket, self._bind(number).posted))
                 except torch.OutOfMemoryError:
-                    # What is spare may lie in pieces.
+                    # Spare memory may be fragmented.
                     break
-        return bool(self._ahead)
+        return bool(self._prefetched)
 
     def release(self) -> None:
-        """Give spare memory and buffers back; they are made again when they are needed."""
-        self._ahead = []
+        """Free the buffers and the memory of prefetched buckets; they are allocated again when they are needed."""
+        self._prefetched = []
         self._bound.clear()
-        self._window.release()
+        self._ring.free_buffers()
 
-    def start(self, group: Group, *, deadline: Deadline) -> None:
-        """Start to receive what there is of the first buckets, beside the live parameters, after `get_ahead`.
+    def start_prefetch(self, group: Group, *, deadline: Deadline) -> None:
+        """Start to receive the first buckets that the sender has ready, beside the live parameters.
 
-        `receive` goes on from there.
+        Call `prepare_prefetch` before. `receive` continues from there.
         """
-        self._window.forget()
-        started = 0
-        for ahead in self._ahead:
-            if started and not group.ready():
+        self._ring.reset()
+        count = 0
+        for bucket in self._prefetched:
+            if count and not group.ready():
                 break
-            ahead.work = group.broadcast(ahead.posted, root=0, deadline=deadline)
-            started += 1
-        self.started = started
+            bucket.work = group.broadcast(bucket.posted, root=0, deadline=deadline)
+            count += 1
+        self.prefetch_count = count
 
     def receive(
         self,
@@ -98,40 +102,41 @@ class WeightReceiver:
         `VerifyError` naming the first message that differs. `meanwhile` is called when the first bytes are on their
         way.
         """
-        started, self.started = self.started, 0
-        if not started:
-            self._window.forget()
+        prefetched, self.prefetch_count = self.prefetch_count, 0
+        if not prefetched:
+            self._ring.reset()
         sums: list[torch.Tensor] = []
         try:
             self._landing.begin()
-            self._post(0, group, deadline, started)
-            for turn in range(len(self._buckets)):
+            self._post(0, group, deadline, prefetched)
+            for number in range(len(self._buckets)):
+                beside = self._prefetched[number] if number < prefetched else None
                 with timer("wire"):
-                    # Before the wait: the wire must not stand still between two buckets.
-                    self._post(turn + 1, group, deadline, started)
-                    if meanwhile is not None and not turn:
+                    # Before the wait: the wire must not be idle between two buckets.
+                    self._post(number + 1, group, deadline, prefetched)
+                    if meanwhile is not None and not number:
                         meanwhile()
-                    if turn < started:
-                        self._ahead[turn].wait(deadline)
+                    if beside is not None:
+                        beside.wait(deadline)
                     else:
-                        self._window.wait(turn, deadline=deadline)
+                        self._ring.wait(number, deadline=deadline)
                 if checksums:
                     with timer("verify"):
-                        sums += map(checksum, self._ahead[turn].posted if turn < started else self._bind(turn)[0])
+                        sums += map(checksum, (beside or self._bind(number)).posted)
                 with timer("apply"):
-                    if turn < started:
-                        self._ahead[turn].copy.run()
-                    self._apply(turn)
+                    if beside is not None:
+                        beside.copy.run()
+                    self._apply(number)
             if sums:
                 with timer("verify"):
                     self._compare(sums, group, deadline)
             with timer("apply"):
                 self._landing.commit()
         except BaseException:
-            self._landing.abandon()
+            self._landing.abort()
             raise
 
-    def confirm(self, group: Group, *, deadline: Deadline, timer: PhaseTimer) -> None:
+    def verify(self, group: Group, *, deadline: Deadline, timer: PhaseTimer) -> None:
         """Receive everything again and compare it with what is in memory. Collective over the lane.
 
         Live parameters are compared bit for bit; a stage is landed and processed again, which must change
@@ -139,88 +144,92 @@ class WeightReceiver:
         """
         with timer("verify"):
             try:
-                self._landing.begin(confirming=True)
-                for turn, bucket in enumerate(self._buckets):
-                    tensors = [torch.empty(box.nbytes, dtype=torch.uint8, device=self.device) for box in bucket]
+                self._landing.begin(verifying=True)
+                for planned, bucket in zip(self.lane.buckets, self._buckets, strict=True):
+                    tensors = [torch.empty(slot.nbytes, dtype=torch.uint8, device=self.device) for slot in bucket]
                     group.broadcast(tensors, root=0, deadline=deadline).wait(deadline)
-                    for box, tensor in zip(bucket, tensors, strict=True):
-                        box.confirm(tensor)
-                    for stage in self.lane.buckets[turn].finishes:
+                    for slot, tensor in zip(bucket, tensors, strict=True):
+                        slot.verify(tensor)
+                    for stage in planned.finishes:
                         self._landing.finish(stage)
                 self._landing.commit()
             except BaseException:
-                self._landing.abandon()
+                self._landing.abort()
                 raise
 
-    def _post(self, turn: int, group: Group, deadline: Deadline, started: int) -> None:
-        """Start to receive bucket number `turn`, if there is one that is not among the `started`."""
-        if started <= turn < len(self._buckets):
-            self._window.wait(turn, deadline=deadline)
-            self._window.put(turn, group.broadcast(self._bind(turn)[0], root=0, deadline=deadline))
+    def _post(self, number: int, group: Group, deadline: Deadline, prefetched: int) -> None:
+        """Start to receive bucket number `number`, if there is one and it is not among those `prefetched`."""
+        if prefetched <= number < len(self._buckets):
+            self._ring.wait(number, deadline=deadline)
+            self._ring.put(number, group.broadcast(self._bind(number).posted, root=0, deadline=deadline))
 
-    def _bind(self, turn: int) -> tuple[Parcel, list[torch.Tensor], list[torch.Tensor]]:
-        """Of a bucket: the tensors to receive into; targets and sources of the copies into live parameters."""
-        if turn not in self._bound:
-            posted, targets, sources = Parcel(), [], []
-            for box in self._buckets[turn]:
-                posted.append(box.posted(self._window, turn))
-                if box.copied:
-                    targets.append(box.target())
-                    sources.append(box.typed(posted[-1]))
-            self._bound[turn] = posted, targets, sources
-        return self._bound[turn]
+    def _bind(self, number: int) -> "BoundBucket":
+        """Return the views of a bucket's messages, made at the first call."""
+        if number not in self._bound:
+            posted, targets, sources = PersistentTensors(), [], []
+            for slot in self._buckets[number]:
+                posted.append(slot.posted(self._ring, number))
+                if slot.copied:
+                    targets.append(slot.target())
+                    sources.append(slot.typed(posted[-1]))
+            self._bound[number] = BoundBucket(posted, targets, sources)
+        return self._bound[number]
 
-    def _apply(self, turn: int) -> None:
-        posted, targets, sources = self._bind(turn)
-        if targets:
-            torch._foreach_copy_(targets, sources)
-        for index in self._staged[turn]:
-            box = self._buckets[turn][index]
-            box.target().copy_(box.typed(posted[index]))
-        for stage in self.lane.buckets[turn].finishes:
+    def _apply(self, number: int) -> None:
+        """Copy what was received into buffers to its targets, and process the stages that this completes."""
+        bound = self._bind(number)
+        if bound.targets:
+            torch._foreach_copy_(bound.targets, bound.sources)
+        for index in self._staged[number]:
+            slot = self._buckets[number][index]
+            slot.target().copy_(slot.typed(bound.posted[index]))
+        for stage in self.lane.buckets[number].finishes:
             self._landing.finish(stage)
 
     def _compare(self, sums: list[torch.Tensor], group: Group, deadline: Deadline) -> None:
-        mine = torch.stack(sums)
-        theirs = torch.empty_like(mine)
-        group.broadcast([theirs.view(torch.uint8)], root=0, deadline=deadline).wait(deadline)
-        for index in (mine != theirs).nonzero().flatten().tolist():
-            raise VerifyError(f"run {index} of lane {self.lane.index}, {self.lane.messages[index]}, {DAMAGED}")
+        """Receive the sender's checksums and raise `VerifyError` naming the first message whose checksum differs."""
+        own = torch.stack(sums)
+        expected = torch.empty_like(own)
+        group.broadcast([expected.view(torch.uint8)], root=0, deadline=deadline).wait(deadline)
+        for index in (own != expected).nonzero().flatten().tolist():
+            message = self.lane.messages[index]
+            raise VerifyError(f"message {index} of lane {self.lane.index} ({message}): checksum mismatch")
 
 
-class Inbox:
-    """Where one message goes."""
+class ReceiveSlot:
+    """Where one message is received, and where it goes from there."""
 
     def __init__(self, message: Message, landing: Landing, device: torch.device) -> None:
         self.message = message
         self.nbytes = message.nbytes
         self.offset = 0
+        """First byte in the bucket's buffer, if it is not received in place."""
         self._landing = landing
         self._live = landing.live(message.target) if message.stage is None else None
-        # A tensor that vLLM keeps elsewhere (on the host, say) cannot be received into.
+        # A tensor that vLLM keeps on another device (on the host, say) cannot be received into.
         self.in_place = message.in_place and self._live is not None and self._live.device.type == device.type
         self.copied = message.stage is None and not self.in_place
 
-    def posted(self, window: Window, turn: int) -> torch.Tensor:
-        """The bytes to receive into."""
+    def posted(self, ring: BufferRing, number: int) -> torch.Tensor:
+        """Return the bytes (flat uint8) to receive into, for a message of bucket number `number`."""
         if self.in_place:
             assert self._live is not None
             return self.message.region.bytes_of(self._live)
-        return window.buffer(turn)[self.offset : self.offset + self.nbytes]
+        return ring.buffer(number)[self.offset : self.offset + self.nbytes]
 
     def target(self) -> torch.Tensor:
-        """What is written in the end."""
+        """Return the part of a live or staging tensor that the message is for."""
         stage = self.message.stage
         tensor = self._landing.staging(stage, self.message.target) if stage is not None else self._live
         assert tensor is not None
         return self.message.region.view(tensor)
 
     def typed(self, data: torch.Tensor) -> torch.Tensor:
-        """Received bytes as the wire's dtype, in the target's shape."""
+        """View received bytes in the wire dtype and the target's shape."""
         return data.view(self.message.dtype).view(self.message.region.shape)
 
-    def confirm(self, data: torch.Tensor) -> None:
-        """Compare received bytes with the target, or stage them."""
+    def verify(self, data: torch.Tensor) -> None:
+        """Compare received bytes with the live target, or write them to the staging tensor."""
         target = self.target()
         sent = self.typed(data).to(target.device)
         if self.message.stage is not None:
@@ -229,36 +238,52 @@ class Inbox:
             raise VerifyError(f"{self.message} in memory is not what the trainer holds")
 
 
-class Ahead:
-    """A bucket's way past the live parameters."""
+@dataclass(frozen=True, slots=True)
+class BoundBucket:
+    """A bucket's views of buffers and live parameters, the same at every sync."""
 
-    def __init__(self, bucket: list[Inbox], tensors: list[torch.Tensor]) -> None:
-        live = [tensor for box, tensor in zip(bucket, tensors, strict=True) if box.in_place]
-        spare = torch.empty(spare_bytes(bucket), dtype=torch.uint8, device=tensors[0].device)
+    posted: PersistentTensors
+    """The bytes that each message is received into."""
+    targets: list[torch.Tensor]
+    """Parts of live parameters that are copied from `sources`."""
+    sources: list[torch.Tensor]
+    """Received buffers, in wire dtype and the targets' shapes."""
+
+
+class PrefetchedBucket:
+    """Memory for a bucket that is received before the live parameters may be written.
+
+    Messages that would be received in place are received into spare memory, and copied from there by `copy`.
+    """
+
+    def __init__(self, bucket: Sequence[ReceiveSlot], posted: PersistentTensors) -> None:
+        live = [tensor for slot, tensor in zip(bucket, posted, strict=True) if slot.in_place]
+        spare = torch.empty(in_place_bytes(bucket), dtype=torch.uint8, device=posted[0].device)
         sizes = [aligned(tensor.numel()) for tensor in live]
-        rooms = [room[: tensor.numel()] for room, tensor in zip(spare.split(sizes), live, strict=True)]
-        places = iter(rooms)
-        pairs = zip(bucket, tensors, strict=True)
-        self.posted = Parcel(next(places) if box.in_place else tensor for box, tensor in pairs)
-        self.copy = FusedCopy(live, rooms)
+        parts = [part[: tensor.numel()] for part, tensor in zip(spare.split(sizes), live, strict=True)]
+        in_order = iter(parts)
+        pairs = zip(bucket, posted, strict=True)
+        self.posted = PersistentTensors(next(in_order) if slot.in_place else tensor for slot, tensor in pairs)
+        self.copy = FusedCopy(live, parts)
         self.work: Work | None = None
 
     def wait(self, deadline: Deadline) -> None:
-        """Until the bucket has arrived beside the live parameters."""
+        """Wait until the bucket has arrived."""
         work, self.work = self.work, None
         assert work is not None
         work.wait(deadline)
 
 
-def spare_bytes(bucket: list[Inbox]) -> int:
-    return sum(aligned(box.nbytes) for box in bucket if box.in_place)
+def in_place_bytes(bucket: Sequence[ReceiveSlot]) -> int:
+    """Return the spare bytes that prefetching the bucket takes."""
+    return sum(aligned(slot.nbytes) for slot in bucket if slot.in_place)
 
 
-def lay_out(bucket: list[Inbox]) -> int:
-    """Give every message that is not received in place its own room in the buffer; return the bytes needed."""
+def assign_offsets(bucket: Sequence[ReceiveSlot]) -> int:
+    """Place every message that is not received in place in the bucket's buffer; return the bytes needed."""
     used = 0
-    for box in bucket:
-        if not box.in_place:
-            box.offset = used
-            used = aligned(used + box.nbytes)
+    for slot in bucket:
+        if not slot.in_place:
+            slot.offset = used
+            used = aligned(used + slot.nbytes)
     return used

@@ -1,8 +1,4 @@
-"""The weight group: its rendezvous and the one interface that its transports share.
-
-A group is separate from torch's default process group. Rank 0 hosts the store on a free port; the address
-reaches the other ranks over the control plane.
-"""
+"""The one interface that every transport has: `Group`, its `Work`, and the tensors it may remember (both sides)."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,22 +8,36 @@ import torch
 from rollcast.comm.deadline import Deadline
 
 
-class Parcel(list[torch.Tensor]):
-    """Tensors that are broadcast again and again, and stay where they are for as long as this lives."""
+class PersistentTensors(list[torch.Tensor]):
+    """Tensors that are broadcast again at every sync, and keep their memory for as long as this list lives.
 
-    note: tuple[Any, Any] | None = None
-    """What a group knows of them: the circumstances under which it holds, and what."""
+    A transport stores here what it computed from their addresses (IPC handles, a CUDA graph of copies).
+    """
 
-    def known(self, when: Any) -> Any:
-        """What was noted under just these circumstances, else None."""
-        return self.note[1] if self.note is not None and self.note[0] == when else None
+    _cached: tuple[Any, Any] | None = None
+
+    def cached(self, key: Any) -> Any:
+        """Return what was stored under an equal key, else None."""
+        return self._cached[1] if self._cached is not None and self._cached[0] == key else None
+
+    def cache(self, key: Any, value: Any) -> None:
+        """Store `value` under `key`, in place of what was stored before."""
+        self._cached = (key, value)
+
+    def pop_cached(self) -> Any:
+        """Remove and return what is stored, whatever its key; None if nothing is."""
+        cached, self._cached = self._cached, None
+        return None if cached is None else cached[1]
 
 
 class Work(Protocol):
     """A grouped broadcast under way."""
 
     def wait(self, deadline: Deadline) -> None:
-        """Block until the tensors may be read (or overwritten, on the root). Raises when a peer is lost."""
+        """Block until the tensors may be read (on the root: overwritten).
+
+        Raises `RuntimeError` when a peer has left, `TimeoutError` when the deadline passes.
+        """
         ...
 
 
@@ -36,23 +46,26 @@ class Group(Protocol):
 
     rank: int
     size: int
-    gentle: bool
-    """Whether others need this rank's GPU and interpreter meanwhile: then it takes little of them, and more time."""
+    low_priority: bool
+    """Poll rarely and use copy engines, because an engine decodes on this GPU and in this process."""
 
     def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> Work:
         """Start to copy every tensor (contiguous uint8, not empty) from rank `root` to all others. Collective.
 
-        One grouped collective: both sides pass as many tensors, of the same sizes in the same order. What comes again
-        in the next sync is a `Parcel`.
+        One grouped collective: both sides pass as many tensors, of the same sizes in the same order. Pass those that
+        are broadcast again in the next sync as one `PersistentTensors`.
         """
         ...
 
     def ready(self) -> bool:
-        """Whether `broadcast` can start without a wait for the root. (Only some transports wait.)"""
+        """Return whether `broadcast` can start without waiting for the root. (Only some transports wait.)"""
         ...
 
-    def release(self) -> None:
-        """Let go of peers' memory that is mapped here, if any. No broadcast may be under way."""
+    def unmap(self) -> None:
+        """Unmap the peers' memory, if any is mapped here; later broadcasts map it again.
+
+        No broadcast may be under way.
+        """
         ...
 
     def close(self) -> None:

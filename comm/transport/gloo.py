@@ -12,7 +12,7 @@ from torch import distributed as dist
 from rollcast.comm.deadline import Deadline
 
 POLL_S = 50e-6
-# gloo's own timeout comes after the deadline, which says what was waited for.
+# gloo's own timeout ends after the deadline, whose error names what was waited for.
 MARGIN = timedelta(seconds=1)
 
 
@@ -29,7 +29,7 @@ class GlooWork:
         return any(not work.is_completed() for work in self._works)
 
     @property
-    def released(self) -> bool:
+    def detached(self) -> bool:
         """Whether this no longer holds the group's sockets open."""
         return not self._works
 
@@ -38,28 +38,28 @@ class GlooWork:
         while self.under_way:
             deadline.left("a gloo broadcast")
             time.sleep(POLL_S)
-        self._settle()
+        self._collect_outcomes()
         if self._problem:
             raise RuntimeError(self._problem)
 
-    def release(self) -> list[Any]:
-        """Give up the broadcast, if it is not over, and return what holds the group's sockets open."""
+    def detach(self) -> list[Any]:
+        """Fail this broadcast, if it is not over, and return the objects that hold the group's sockets open."""
         works, self._works = self._works, []
         if works:
             self._problem = "the weight group was closed while a gloo broadcast was under way"
         return works
 
-    def _settle(self) -> None:
+    def _collect_outcomes(self) -> None:
         works, self._works = self._works, []
         for work in works:
             self._problem = self._problem or _outcome(work)
 
 
-# Two functions that return what went wrong: a traceback through them would keep the group's sockets open.
+# These two functions return the error as text: a traceback through them would keep the group's sockets open.
 
 
-def _start(group: Any, tensors: Sequence[torch.Tensor], options: Any) -> Any:
-    """The broadcasts under way, or what kept them from starting."""
+def _start(group: Any, tensors: Sequence[torch.Tensor], options: Any) -> list[Any] | str:
+    """Return the broadcasts that are under way, or the error that kept them from starting."""
     if group is None:
         return "the weight group is closed"
     try:
@@ -69,7 +69,7 @@ def _start(group: Any, tensors: Sequence[torch.Tensor], options: Any) -> Any:
 
 
 def _outcome(work: Any) -> str | None:
-    """What went wrong with a broadcast that is over, if anything."""
+    """Return the error of a broadcast that is over, if it failed."""
     try:
         work.wait()
     except RuntimeError as error:
@@ -83,8 +83,8 @@ class GlooGroup:
     def __init__(self, store: dist.Store, *, rank: int, size: int, deadline: Deadline) -> None:
         self.rank = rank
         self.size = size
-        self.gentle = False
-        # The store must outlive the group: on its host it is the server that the others talk to.
+        self.low_priority = False
+        # The store must outlive the group: on its host it is the server that the others connect to.
         self._store = store
         self._works: list[GlooWork] = []
         timeout = deadline.left("the gloo group")
@@ -99,9 +99,9 @@ class GlooGroup:
         if isinstance(started, str):
             raise RuntimeError(started)
         work = GlooWork(started)
-        self._works = [*(earlier for earlier in self._works if not earlier.released), work]
+        self._works = [*(earlier for earlier in self._works if not earlier.detached), work]
         if self._group is None:
-            # Closed by another thread in the meantime, which did not see this broadcast.
+            # Another thread closed the group in the meantime and did not see this broadcast.
             self.close()
         return work
 
@@ -109,18 +109,18 @@ class GlooGroup:
         """See `Group.ready`."""
         return True
 
-    def release(self) -> None:
-        """See `Group.release`."""
+    def unmap(self) -> None:
+        """See `Group.unmap`."""
 
     def close(self) -> None:
         """See `Group.close`."""
         under_way = any(work.under_way for work in self._works)
-        held = [self._group, *(work.release() for work in self._works)]
+        held = [self._group, *(work.detach() for work in self._works)]
         self._group, self._works = None, []
         # Dropping the last reference closes the sockets; gloo's own abort() leaves peers waiting.
         if under_way:
-            # It also waits for broadcasts under way, at worst until their deadline: not the caller. No daemon: a
-            # process that ends in the middle of it aborts.
+            # That also waits for the broadcasts under way, at worst until their deadline, so a thread does it for
+            # the caller. Not a daemon thread: a process that exits in the middle of it aborts.
             threading.Thread(target=held.clear, name="gloo-close").start()
         else:
             held.clear()

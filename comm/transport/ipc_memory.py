@@ -1,4 +1,4 @@
-"""Where the bytes of a broadcast are, for processes that can map the memory (the sender of CUDA IPC; needs cupy)."""
+"""Device memory that other processes can map, described for them (both sides of CUDA IPC; needs cupy)."""
 
 import ctypes
 from collections.abc import Sequence
@@ -12,86 +12,91 @@ from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]  (CUDA ma
 
 # CUpointer_attribute of the driver's API.
 BUFFER_ID, LEGACY_IPC_CAPABLE, RANGE_START, RANGE_SIZE = 7, 10, 11, 12
-# What is smaller shares a block of the driver's with others, and its handle with them.
+# The driver puts smaller allocations together in one block, and an IPC handle exports the whole block.
 BLOCK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """What one `cudaMalloc` gave."""
+    """The memory of one `cudaMalloc`."""
 
     start: int
+    """Device address."""
     nbytes: int
     number: int
-    """Unique in the process: memory that is freed and given again has another."""
+    """CUDA's buffer id, unique in the process: memory that is freed and allocated again gets another."""
     exportable: bool
     """Whether another process can map it. Memory of torch's expandable segments cannot be mapped this way."""
 
 
-class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """Where the bytes of one broadcast are."""
+class IpcBuffers(msgspec.Struct, frozen=True, array_like=True):
+    """The tensors of one broadcast, as another process can map them."""
 
     allocations: list[tuple[bytes, int, int, int]]
-    """CUDA IPC handle, address at the sender, bytes, and the sender's number of it."""
+    """(CUDA IPC handle, address at the sender, bytes, `Allocation.number`) of each."""
     parts: list[tuple[int, int, int]]
-    """Of each tensor: index of its allocation, first byte in it, bytes."""
+    """(index of its allocation, first byte in it, bytes) of each tensor."""
 
 
-def check(offer: Offer) -> None:
-    """Raises `RuntimeError` if memory was freed since the offer was made, whatever is at its addresses now."""
-    for _, start, _, number in offer.allocations:
+def check_allocations(buffers: IpcBuffers) -> None:
+    """Raise `RuntimeError` if memory was freed since `buffers` was made, whatever is at its addresses now."""
+    for _, start, _, number in buffers.allocations:
         if allocation_number(start) != number:
             raise RuntimeError("the weights are in other memory than at the last sync, at the same address: sync again")
 
 
-class Surveyor:
-    """Makes offers. Handles of allocations are kept for as long as these live."""
+class HandleCache:
+    """CUDA IPC handles of this process's allocations, each asked for once and kept while the allocation lives."""
 
     def __init__(self) -> None:
-        # By address: number and handle.
+        # Address of an allocation -> (number, handle).
         self._handles: dict[int, tuple[int, bytes]] = {}
 
-    def offer(self, tensors: Sequence[torch.Tensor]) -> Offer | None:
-        """Where the tensors are; None if one is in memory that others cannot map."""
+    def describe(self, tensors: Sequence[torch.Tensor]) -> IpcBuffers | None:
+        """Return the tensors (flat uint8) as `IpcBuffers`; None if one is in memory that other processes cannot map."""
         indices: dict[int, int] = {}
-        found: list[tuple[bytes, int, int, int]] = []
+        allocations: list[tuple[bytes, int, int, int]] = []
         parts: list[tuple[int, int, int]] = []
-        place = Allocation(0, 0, 0, exportable=True)
+        current = Allocation(0, 0, 0, exportable=True)
         for tensor in tensors:
             address, nbytes = tensor.data_ptr(), tensor.numel()
-            if not place.start <= address < place.start + place.nbytes:
-                place = allocation(address)
-                if not place.exportable:
+            # Neighbours mostly share an allocation: the driver is asked only when one does not.
+            if not current.start <= address < current.start + current.nbytes:
+                current = allocation(address)
+                if not current.exportable:
                     return None
-                if place.start not in indices:
-                    indices[place.start] = len(found)
-                    found.append((self._handle(place), place.start, place.nbytes, place.number))
-            parts.append((indices[place.start], address - place.start, nbytes))
-        return Offer(found, parts)
+                if current.start not in indices:
+                    indices[current.start] = len(allocations)
+                    allocations.append((self._handle(current), current.start, current.nbytes, current.number))
+            parts.append((indices[current.start], address - current.start, nbytes))
+        return IpcBuffers(allocations, parts)
 
-    def _handle(self, place: Allocation) -> bytes:
-        number, handle = self._handles.get(place.start, (None, b""))
-        if number != place.number:
-            handle = runtime.ipcGetMemHandle(place.start)
-            self._handles[place.start] = place.number, handle
+    def _handle(self, memory: Allocation) -> bytes:
+        number, handle = self._handles.get(memory.start, (None, b""))
+        if number != memory.number:
+            handle = runtime.ipcGetMemHandle(memory.start)
+            self._handles[memory.start] = memory.number, handle
         return handle
 
 
 def allocation(address: int) -> Allocation:
-    """The allocation that a device address belongs to."""
+    """Return the allocation that a device address belongs to."""
     nbytes = _attribute(RANGE_SIZE, address, ctypes.c_size_t)
     capable = bool(_attribute(LEGACY_IPC_CAPABLE, address, ctypes.c_int))
-    start, number = (_attribute(its, address, ctypes.c_uint64) for its in (RANGE_START, BUFFER_ID))
+    start, number = (_attribute(attribute, address, ctypes.c_uint64) for attribute in (RANGE_START, BUFFER_ID))
     return Allocation(start, nbytes, number, capable and nbytes >= BLOCK_BYTES)
 
 
 def allocation_number(address: int) -> int:
-    """`Allocation.number` of the allocation that a device address belongs to; takes a quarter of the time."""
+    """Return `allocation(address).number`, in a quarter of the time."""
     return _attribute(BUFFER_ID, address, ctypes.c_uint64)
 
 
 def exportable_bytes(count: int) -> torch.Tensor:
-    """Flat uint8 memory on the current device, of its own `cudaMalloc`: exportable, whatever torch's allocator does."""
+    """Allocate flat uint8 memory on the current device with a `cudaMalloc` of its own.
+
+    It is exportable, however torch's allocator is configured.
+    """
     import cupy  # pyright: ignore[reportMissingImports]  (CUDA machines only)
 
     memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(max(count, BLOCK_BYTES)), 0)

@@ -10,10 +10,10 @@ from torch import distributed as dist
 
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.device.nvml import gpu_uuid
-from rollcast.comm.transport.cuda_event import ASK_S, EventWork
-from rollcast.comm.transport.peers import Peer, check_peers, host_name, meet, nccl_settings
+from rollcast.comm.transport.cuda_event import PEER_CHECK_S, EventWork
+from rollcast.comm.transport.peers import Peer, check_peers, exchange_peers, host_name, nccl_settings
 
-# The store's key for the first rank that leaves.
+# Store key: the name of the rank that has left.
 LEFT = "left"
 
 
@@ -25,13 +25,13 @@ class NcclGroup:
     ) -> None:
         self.rank = rank
         self.size = size
-        self.gentle = False
+        self.low_priority = False
         self.device = device
         self.closed = False
         self._store = store
         version = ".".join(map(str, divmod(nccl.get_version() // 100, 100))) + f".{nccl.get_version() % 100}"
         self._me = me = Peer(label, host_name(), gpu_uuid(device), version, nccl_settings())
-        check_peers(meet(store, me, rank=rank, size=size, deadline=deadline))
+        check_peers(exchange_peers(store, me, rank=rank, size=size, deadline=deadline))
         self._stream = torch.cuda.Stream(device)
         self._communicator = self._join(deadline)
 
@@ -54,21 +54,21 @@ class NcclGroup:
         done.record(self._stream)
         return EventWork(done, what="an NCCL broadcast", group=self)
 
-    def left_by(self) -> str | None:
-        """The name of a rank that has closed the group. NCCL itself lets the others wait for it."""
+    def departed_peer(self) -> str | None:
+        """See `LeavableGroup`. NCCL itself would let the others wait for that rank."""
         return self._store.get(LEFT).decode() if self._store.check([LEFT]) else None
 
     def ready(self) -> bool:
         """See `Group.ready`."""
         return True
 
-    def release(self) -> None:
-        """See `Group.release`."""
+    def unmap(self) -> None:
+        """See `Group.unmap`."""
 
     def close(self) -> None:
         """See `Group.close`."""
         self.closed = True
-        # Where the store is gone, so is the rank that hosts it.
+        # The store is unreachable only when the rank that hosts it has gone: then nobody is left to notify.
         with contextlib.suppress(RuntimeError):
             self._store.set(LEFT, self._me.name)
         communicator, self._communicator = self._communicator, None
@@ -76,7 +76,7 @@ class NcclGroup:
             communicator.abort()
 
     def _join(self, deadline: Deadline) -> nccl.NcclCommunicator | None:
-        """Create the communicator on a thread: it blocks for as long as a peer is missing."""
+        """Create the communicator, on a thread of its own: the call blocks for as long as a peer is missing."""
         joined: list[nccl.NcclCommunicator] = []
         failed: list[BaseException] = []
 
@@ -94,11 +94,11 @@ class NcclGroup:
         thread = threading.Thread(target=create, name="nccl-join", daemon=True)
         thread.start()
         while thread.is_alive() and deadline.left_s():
-            thread.join(min(ASK_S, deadline.left_s()))
-            # Raises when the store is gone: somebody has given up, and nobody will come.
+            thread.join(min(PEER_CHECK_S, deadline.left_s()))
+            # Raises when the store has gone: its host has given up, so the group will never be complete.
             self._store.check(["nccl_id"])
         if failed:
             raise failed[0]
         if not joined:
-            raise TimeoutError(f"NCCL rank {self.rank} of {self.size} waited in vain for its peers to join")
+            raise TimeoutError(f"NCCL rank {self.rank} of {self.size} timed out waiting for its peers to join")
         return joined[0]

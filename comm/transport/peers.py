@@ -1,4 +1,4 @@
-"""What the ranks of a lane must have in common before they may join on GPUs (both sides)."""
+"""What the ranks of a lane exchange and compare before they join on GPUs (both sides)."""
 
 import json
 import os
@@ -10,44 +10,46 @@ from torch import distributed as dist
 
 from rollcast.comm.deadline import Deadline
 
-# What a rank's own place decides: these may differ.
-OWN_SETTINGS = frozenset({"NCCL_SOCKET_IFNAME", "NCCL_HOSTID", "NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS"})
+# Host-specific NCCL settings, which may differ between ranks.
+HOST_SETTINGS = frozenset({"NCCL_SOCKET_IFNAME", "NCCL_HOSTID", "NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS"})
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One rank, as the others need to know it."""
+    """One rank's record: what the others check before they join it."""
 
     name: str
-    """For people: "trainer rank 0", "worker 1 of engine 2"."""
+    """As errors name it: "trainer rank 0", "worker 1 of engine 2"."""
     host: str
     gpu: str
-    """UUID of its GPU."""
+    """UUID."""
     nccl: str
-    """Version of the NCCL library that is loaded."""
+    """Version of the NCCL library in use; empty where NCCL is not used."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    """Its `NCCL_*` variables."""
+    """See `nccl_settings`."""
 
 
 class PeerError(ValueError):
-    """Ranks that cannot join: it would fail, hang or be wrong later."""
+    """Ranks that must not form a group: it would hang, fail or be wrong later."""
 
 
 def nccl_settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The `NCCL_*` variables that all ranks of a communicator must share."""
-    named = {name: value for name, value in environ.items() if name.startswith("NCCL_") and name not in OWN_SETTINGS}
-    # Set by container images for their package manager; the library does not read it.
-    named.pop("NCCL_VERSION", None)
-    return named
+    """Return the `NCCL_*` variables that must be the same on all ranks of a communicator."""
+    # NCCL_VERSION is set by container images for their package manager; the library does not read it.
+    ignored = HOST_SETTINGS | {"NCCL_VERSION"}
+    return {name: value for name, value in environ.items() if name.startswith("NCCL_") and name not in ignored}
 
 
 def host_name() -> str:
-    """Equal for processes of one machine that can map each other's GPU memory."""
+    """Return a name that is equal for processes that can map each other's GPU memory."""
     return socket.gethostname()
 
 
-def meet(store: dist.Store, me: Peer, *, rank: int, size: int, deadline: Deadline) -> list[Peer]:
-    """Every rank's peer record, in rank order. Collective; raises torch's `DistStoreError` if one does not come."""
+def exchange_peers(store: dist.Store, me: Peer, *, rank: int, size: int, deadline: Deadline) -> list[Peer]:
+    """Publish `me` and return every rank's record, in rank order. Collective.
+
+    Raises torch's `DistStoreError` if a rank does not publish its own before the deadline.
+    """
     store.set(f"peer/{rank}", json.dumps(asdict(me)))
     keys = [f"peer/{other}" for other in range(size)]
     store.wait(keys, deadline.left("the records of the lane's other ranks"))
@@ -55,7 +57,7 @@ def meet(store: dist.Store, me: Peer, *, rank: int, size: int, deadline: Deadlin
 
 
 def check_peers(peers: Sequence[Peer]) -> None:
-    """Raise `PeerError` naming two ranks that share a GPU, or differ in NCCL's version or settings."""
+    """Raise `PeerError` naming two ranks that share a GPU, or that differ in NCCL's version or settings."""
     first, *_ = peers
     owners: dict[tuple[str, str], Peer] = {}
     for peer in peers:
@@ -73,13 +75,13 @@ def check_peers(peers: Sequence[Peer]) -> None:
 
 
 def check_settings(settings: Mapping[str, Mapping[str, str]]) -> None:
-    """Raise `PeerError` naming the first variable that two ranks have set differently, and the ranks."""
+    """Raise `PeerError` naming the first variable on which two ranks differ. `settings` is by rank name."""
     (first, expected), *others = settings.items()
-    for other, found in others:
-        for name in sorted({*expected, *found}):
-            if expected.get(name) != found.get(name):
+    for other, actual in others:
+        for name in sorted({*expected, *actual}):
+            if expected.get(name) != actual.get(name):
                 raise PeerError(
-                    f"{name} is {_shown(expected.get(name))} on {first} and {_shown(found.get(name))} on {other}: "
+                    f"{name} is {_shown(expected.get(name))} on {first} and {_shown(actual.get(name))} on {other}: "
                     "different NCCL settings can hang a communicator; set it alike on all ranks"
                 )
 

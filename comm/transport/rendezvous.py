@@ -1,7 +1,7 @@
-"""The weight group: its rendezvous and the one interface that its transports share.
+"""How the ranks of a weight group find each other (both sides).
 
-A group is separate from torch's default process group. Rank 0 hosts the store on a free port; the address
-reaches the other ranks over the control plane.
+A weight group is separate from torch's default process group. Rank 0 hosts a store on a free port; its address reaches
+the other ranks over the control plane.
 """
 
 import socket
@@ -18,16 +18,16 @@ TRANSPORTS = ("gloo", "nccl", "ipc")
 
 
 def host_store(host: str, *, timeout_s: float) -> tuple[dist.TCPStore, str]:
-    """Host a store on a free port of this machine. Returns it and the address `host:port` that peers use."""
+    """Host a store on a free port of this machine; return it and the address `host:port` for the peers."""
     store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
     return store, f"{host}:{store.port}"
 
 
 def connect_store(address: str, deadline: Deadline) -> dist.TCPStore:
-    """A connection to a hosted store. Raises `OSError` at once if it is no longer there."""
+    """Connect to a hosted store. Raises `OSError` at once if nobody listens at `address` any more."""
     host, _, port = address.rpartition(":")
     timeout = deadline.left("the weight group's store")
-    # torch itself would knock at a closed door until long after its timeout.
+    # torch itself retries a refused connection until long after its timeout.
     socket.create_connection((host, int(port)), timeout.total_seconds()).close()
     return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
 
@@ -45,9 +45,10 @@ def join_group(
 ) -> Group:
     """Join the group as `rank` of `size`. Collective; every rank passes the same `transport` and `name`.
 
-    `store` is the hosted store or its address; groups with different names can share one. `device` is this rank's
-    GPU, and `label` says in errors who it is. Raises `PeerError` for ranks that cannot be joined, `TimeoutError` or
-    torch's `DistStoreError` when the peers do not come within the deadline.
+    `transport` is "gloo", "nccl" or "ipc". `store` is the hosted store or its address; groups of different names can
+    share one. `device` is this rank's GPU (not used by gloo); errors name this rank by its `label`. Raises `PeerError`
+    for ranks that must not be joined, `TimeoutError` or torch's `DistStoreError` when a peer does not join within the
+    deadline.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"unknown transport {transport!r}, expected one of {', '.join(TRANSPORTS)}")
@@ -57,7 +58,7 @@ def join_group(
     if transport == "gloo":
         return GlooGroup(scoped, rank=rank, size=size, deadline=deadline)
     assert device is not None
-    # cupy is only there on CUDA machines.
+    # These import cupy, which only CUDA machines have.
     if transport == "ipc":
         from rollcast.comm.transport.ipc import IpcGroup as DeviceGroup
     else:
@@ -67,7 +68,7 @@ def join_group(
 
 
 def reachable_host(towards: str) -> str:
-    """The IPv4 address of this machine on the route to the host `towards` (no packet is sent)."""
+    """Return this machine's IPv4 address on the route to the host `towards`. No packet is sent."""
     *_, address = socket.getaddrinfo(towards, 9, family=socket.AF_INET, type=socket.SOCK_DGRAM)[0]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(address)

@@ -12,21 +12,21 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rollcast.launch.grpo.logprob_check import AgreementError
+from rollcast.launch.grpo.logprob_check import LogprobError
 from rollcast.launch.grpo.options import GrpoConfig, parse
 from rollcast.launch.grpo.task import CHARACTERS, Task, load_task
 from rollcast.launch.signals import end_soon_on_signals
 from rollcast.rollout import Job, OrchestratorError, PreflightError, RollcastError, RolloutConfig, SyncError, join
+from rollcast.rollout.job import World
 from rollcast.rollout.job.preflight import versions
-from rollcast.rollout.job.world import World
 from rollcast.rollout.pool.dispatcher import check_prompts
 
 STORE_TIMEOUT_S = 300.0
-SAME_ON_ALL_RANKS = (PreflightError, SyncError, AgreementError, OrchestratorError)
+SAME_ON_ALL_RANKS = (PreflightError, SyncError, LogprobError, OrchestratorError)
 
 
 def main() -> int:
-    """Parse flags, take this rank's place, train if it is a trainer. Returns the exit code."""
+    """Parse flags, take this rank's place, train if it is a trainer. Return the exit code."""
     config = parse()
     rank = os.environ.get("RANK", "0")
     try:
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def run(config: GrpoConfig, world: World) -> None:
-    """The job, on any rank."""
+    """Run the job on any rank."""
     console = Console(quiet=world.rank != 0)
     with ExitStack() as stack:
         if world.is_trainer:
@@ -59,7 +59,7 @@ def run(config: GrpoConfig, world: World) -> None:
 
 
 def train(config: GrpoConfig, job: Job, *, task: Task, folder: Path, console: Console) -> None:
-    """Run the loop on a trainer rank; rank 0 shows it and writes the report."""
+    """Run the loop on a trainer rank; rank 0 also displays it and writes the report."""
     from rollcast.launch.grpo.report import RunReport
     from rollcast.launch.grpo.trainer import Grpo
 
@@ -69,7 +69,7 @@ def train(config: GrpoConfig, job: Job, *, task: Task, folder: Path, console: Co
 
 
 def share_run_folder(world: World, config: GrpoConfig) -> Path:
-    """The run's folder, named by rank 0, which first puts the tiny model in it if the job needs one."""
+    """Return the run's folder. Rank 0 creates it, with the tiny model in it if the job needs one."""
     store = world.store(timeout_s=STORE_TIMEOUT_S)
     if world.rank == 0:
         folder = new_folder(Path(config.runs, time.strftime("%Y%m%d-%H%M%S")).resolve())
@@ -82,7 +82,7 @@ def share_run_folder(world: World, config: GrpoConfig) -> Path:
 
 
 def new_folder(path: Path) -> Path:
-    """Make `path`, or `path` with a number behind it if another job was there in the same second."""
+    """Create `path`, or `path` with a number appended if another job created it in the same second."""
     for suffix in ("", *(f"-{count}" for count in range(2, 100))):
         folder = path.with_name(path.name + suffix)
         try:
@@ -90,11 +90,11 @@ def new_folder(path: Path) -> Path:
         except FileExistsError:
             continue
         return folder
-    raise PreflightError(f"cannot make a run folder like {path}")
+    raise PreflightError(f"cannot create a run folder like {path}")
 
 
 def rollout_config(config: GrpoConfig, folder: Path) -> RolloutConfig:
-    """The engines' settings."""
+    """Return the engines' settings."""
     rollout = RolloutConfig(
         model=config.model or str(folder / "model"),
         trainers=config.trainers,
@@ -111,21 +111,21 @@ def rollout_config(config: GrpoConfig, folder: Path) -> RolloutConfig:
         log_dir=str(folder),
     )
     if config.model is None:
-        # vLLM makes an object of each block of the KV cache: on a large GPU, 30 s of them for the tiny model.
+        # vLLM creates an object for each block of the KV cache: for the tiny model on a large GPU, that takes 30 s.
         rollout = replace(rollout, gpu_memory_utilization=0.2)
     eager = config.enforce_eager
     return replace(rollout, enforce_eager=rollout.resolved_device() == "cpu" if eager is None else eager)
 
 
 def silence_transformers() -> None:
-    """No progress bars of its own: they would tear the display."""
+    """Disable its progress bars, which would break the live display."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def prepare_task(config: GrpoConfig, rollout: RolloutConfig) -> Task:
-    """Load the task and see that its prompts fit the model, before any engine starts."""
+    """Load the task and check that its prompts fit the model, before any engine starts."""
     from transformers import AutoTokenizer
 
     rollout.model_config()

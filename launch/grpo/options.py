@@ -1,4 +1,4 @@
-"""Settings of the GRPO job and their command line: the dataclass is the only place of defaults (every rank)."""
+"""Settings of the GRPO job and its command line; the dataclass is the only place of defaults (every rank)."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Several trainer ranks as one: wrapping the model and averaging numbers (trainer ranks)."""
+"""Data parallelism of the trainer ranks: wrap the model, reduce numbers (trainer ranks)."""
 
 import os
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Trainers:
-    """The trainer ranks of the job. With one of them nothing is distributed.
+    """The trainer ranks of the job. A single one uses no torch.distributed.
 
-    Made inside `rollcast.rollout.join`, where torch.distributed sees the trainer ranks only.
+    Create it inside `rollcast.rollout.join`, where torch.distributed sees the trainer ranks only.
     """
 
     def __init__(self, *, rank: int, size: int, device: str) -> None:
@@ -25,11 +25,11 @@ class Trainers:
         if size > 1:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
-    def share(self, model: nn.Module, how: str) -> nn.Module:
+    def share(self, model: nn.Module, parallel: str) -> nn.Module:
         """Shard (fsdp2) or replicate (ddp) the model over the trainers. Collective."""
         if self.size == 1:
             return model
-        if how == "ddp":
+        if parallel == "ddp":
             return DistributedDataParallel(model)
         mesh = dist.init_device_mesh(self.device.type, (self.size,))
         blocks = set(getattr(model, "_no_split_modules", None) or ())
@@ -40,15 +40,15 @@ class Trainers:
         return model
 
     def mean(self, value: float) -> float:
-        """Mean over the trainers. Collective."""
+        """Return the mean over the trainers. Collective."""
         return self.sum([value])[0] / self.size
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over the trainers, of each value. Collective."""
+        """Return the sum of each value over the trainers. Collective."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, value: float) -> float:
-        """Largest over the trainers. Collective."""
+        """Return the largest value over the trainers. Collective."""
         return self._reduce([value], dist.ReduceOp.MAX)[0]
 
     def close(self) -> None:

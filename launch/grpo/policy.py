@@ -1,7 +1,7 @@
 """The policy-gradient arithmetic of GRPO, on padded batches (trainer ranks).
 
 Shapes: B sequences, L tokens (prompt and completion, padded on the right). Log-probabilities and masks are
-[B, L - 1]: position t speaks of token t + 1.
+[B, L - 1]: position t belongs to token t + 1.
 """
 
 import math
@@ -14,16 +14,16 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion and what the engine said of it."""
+    """One completion, with the engine's log-probabilities."""
 
     prompt_ids: Sequence[int]
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     advantage: float
     oldest_version: int
-    """Of the policy, for its first token."""
+    """Policy version that sampled its first token."""
     engine: int
-    """That made it."""
+    """Engine that sampled it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Batch:
 
 
 def group_advantages(rewards: Sequence[float], *, eps: float = 1e-4) -> list[float]:
-    """Reward relative to the group of one prompt: (r - mean) / (std + eps), as in DeepSeekMath, section 4.1."""
+    """Return rewards relative to the group of one prompt: (r - mean) / (std + eps), as in DeepSeekMath, section 4.1."""
     values = torch.tensor(rewards, dtype=torch.float32)
     return ((values - values.mean()) / (values.std(correction=0) + eps)).tolist()
 
@@ -72,7 +72,7 @@ def make_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.device) 
 
 
 def token_logprobs(model: nn.Module, batch: Batch, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """At the sampling temperature: log-probability of each next token, and entropy; both float32 [B, L - 1]."""
+    """Return the log-probability of each next token, and the entropy, at the temperature; float32 [B, L - 1]."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     logprobs = (logits[:, :-1].float() / temperature).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -80,22 +80,22 @@ def token_logprobs(model: nn.Module, batch: Batch, *, temperature: float) -> tup
 
 
 def clipped_loss(logprobs: torch.Tensor, batch: Batch, *, clip: float) -> torch.Tensor:
-    """PPO's clipped surrogate against the engine's own log-probabilities, float32 [B, L - 1], 0 outside the mask."""
+    """Return PPO's clipped surrogate against the engine's log-probabilities; float32 [B, L - 1], 0 outside the mask."""
     ratio = (logprobs - batch.rollout_logprobs).exp()
     surrogate = torch.minimum(ratio * batch.advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * batch.advantages)
     return torch.where(batch.completion_mask > 0, -surrogate, 0.0)
 
 
 def kl_penalty(logprobs: torch.Tensor, reference: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) at each sampled token, float32 [B, L - 1]."""
+    """Return Schulman's k3 estimate of KL(policy || reference) at each sampled token; float32 [B, L - 1]."""
     delta = reference - logprobs
     return torch.where(batch.completion_mask > 0, delta.exp() - delta - 1.0, 0.0)
 
 
 def logprob_diffs(logprobs: torch.Tensor, batch: Batch, *, version: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """|trainer's - engine's log-probability| of each sampled token, float32 [tokens], and its engine, int64 [tokens].
+    """Return |trainer's - engine's log-probability| of sampled tokens, and their engines; float32, int64 [tokens].
 
-    Of samples that are wholly of `version`, the trainer's own. Infinite where it is not a number.
+    Only samples whose tokens are all of `version`, the trainer's, are compared. NaN becomes infinity.
     """
     compared = (batch.completion_mask > 0) & (batch.oldest_versions >= version)
     differences = (logprobs - batch.rollout_logprobs).abs()[compared].nan_to_num(nan=math.inf, posinf=math.inf)

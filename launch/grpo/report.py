@@ -1,4 +1,4 @@
-"""What a person sees of a job, and what it leaves behind (trainer rank 0)."""
+"""Live display and report of a run: `report.json` and `curve.png` (trainer rank 0)."""
 
 import json
 import time
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from matplotlib.figure import Figure
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -26,19 +27,19 @@ class StepRecord:
     reward: float
     """Mean reward of the step's samples."""
     logprob_mean_diff: float | None
-    """Difference between engine and trainer log-probability of a sampled token, before the update, over the samples
-    that are wholly of the trainer's version: the average, of the engine where it is largest. None: no such sample."""
+    """Average difference of engine and trainer log-probabilities before the update, of the engine that differs most.
+    Compares samples whose tokens are all of the trainer's version; None if there was none."""
     logprob_max_diff: float | None
-    """The largest."""
+    """Largest difference of a token."""
     staleness_max: int
-    """Most versions that a sample was behind the policy it was used to update."""
+    """Most versions by which a sample was older than the policy that it trained."""
     samples_dropped: int
-    """Samples that were too old to train on, since the last step."""
+    """Samples dropped since the last step, because they were too old."""
     policy_version: int
-    """What the engines serve after the step."""
+    """Version that the engines serve after the step."""
     tokens: int
     tokens_per_s: float
-    """While the step's own batch was generated; others may have been generated at the same time."""
+    """Rate while the step's batch was generated; other batches may have been generated at the same time."""
     loss: float
     phase_s: dict[str, float]
     sync: dict[str, Any]
@@ -46,7 +47,7 @@ class StepRecord:
 
 @dataclass
 class RunReport:
-    """Collects a run; shows it live; writes `report.json` and `curve.png` in `folder`.
+    """Collects a run, displays it live, and writes `report.json` and `curve.png` in `folder`.
 
     with RunReport(folder, config=..., versions=..., steps=40) as report:
         with report.phase("generate"):
@@ -60,7 +61,7 @@ class RunReport:
     steps: int
     console: Console = field(default_factory=Console)
     main: bool = True
-    """Whether this rank shows and writes; the others only keep time."""
+    """Whether this rank displays and writes; others only measure time."""
     records: list[StepRecord] = field(default_factory=list)
     phase_s: dict[str, float] = field(default_factory=dict)
     """Seconds of the step under way, by phase."""
@@ -90,7 +91,7 @@ class RunReport:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Show `name` as what is going on, and add its seconds to the step."""
+        """Display `name` as the current phase, and add its seconds to the step."""
         self._phase, start = name, time.perf_counter()
         try:
             yield
@@ -99,7 +100,7 @@ class RunReport:
             self._phase = ""
 
     def add(self, record: StepRecord) -> None:
-        """A step is done."""
+        """Record a finished step."""
         self.records.append(record)
         self.phase_s = {}
         self._progress.advance(self._task)
@@ -112,12 +113,12 @@ class RunReport:
 
     @property
     def staleness_max(self) -> int:
-        """Most versions that a sample of the run was behind."""
+        """Most versions by which a sample of the run was older than the policy that it trained."""
         return max((record.staleness_max for record in self.records), default=0)
 
     @property
     def samples_dropped(self) -> int:
-        """Samples of the run that were too old to train on."""
+        """Samples of the run that were dropped because they were too old."""
         return sum(record.samples_dropped for record in self.records)
 
     def write(self, *, status: str) -> None:
@@ -138,7 +139,7 @@ class RunReport:
             draw_curve(self.records, self.folder / "curve.png")
 
     def summary(self) -> Table:
-        """The run in a short table."""
+        """Return a summary of the run."""
         rewards = [record.reward for record in self.records]
         syncs = sorted(record.sync["phases_s"]["total"] for record in self.records)
         rates = [record.tokens_per_s for record in self.records]
@@ -175,20 +176,16 @@ class RunReport:
 
 
 def spark(values: list[float]) -> str:
-    """Values in [0, 1] as a line of bars."""
+    """Return values in [0, 1] as a line of bars."""
     heights = [min(max(value, 0.0), 1.0) if value == value else 0.0 for value in values]
     return "".join(SPARKS[min(int(height * len(SPARKS)), len(SPARKS) - 1)] for height in heights)
 
 
 def draw_curve(records: list[StepRecord], path: Path) -> None:
-    """Reward and sync time over steps, one above the other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Draw reward and sync time over steps, one above the other."""
     steps = [record.step for record in records]
-    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 5), height_ratios=(2, 1))
+    figure = Figure(figsize=(7, 5))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     top.plot(steps, [record.reward for record in records], color="tab:green")
     top.set_ylabel("mean reward")
     top.grid(alpha=0.3)
@@ -199,7 +196,6 @@ def draw_curve(records: list[StepRecord], path: Path) -> None:
     bottom.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _mean(values: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""What one trainer rank has the engines generate, and what it is worth (trainer ranks)."""
+"""Generation and rewards of one trainer rank's share of each batch (trainer ranks)."""
 
 import random
 import threading
@@ -21,11 +21,11 @@ class Rollout:
     reward: float
     """Mean over the samples."""
     seconds: float
-    """That it took to generate."""
+    """Time of generation."""
 
     @property
     def oldest_version(self) -> int:
-        """Of the oldest token."""
+        """Policy version of the oldest token."""
         return min(sample.oldest_version for sample in self.samples)
 
     @property
@@ -62,7 +62,7 @@ class Sampler:
         self._turn = threading.Lock()
 
     def generate(self, batch: int) -> Rollout:
-        """Completions of the share's prompts, rewarded and compared within their groups. Not collective."""
+        """Generate, reward and compare completions of this rank's prompts of the batch. Not collective."""
         start = time.perf_counter()
         with self._turn:
             texts = self._draw(batch)[self._share]
@@ -72,8 +72,8 @@ class Sampler:
         samples: list[Sample] = []
         rewards: list[float] = []
         for text, prompt, group in zip(texts, prompts, groups, strict=True):
-            earned = self._rewards(text, group)
-            rewards += earned
+            group_rewards = self._rewards(text, group)
+            rewards += group_rewards
             samples += [
                 Sample(
                     prompt,
@@ -83,7 +83,7 @@ class Sampler:
                     completion.versions[0],
                     completion.engine,
                 )
-                for completion, advantage in zip(group, group_advantages(earned), strict=True)
+                for completion, advantage in zip(group, group_advantages(group_rewards), strict=True)
             ]
         return Rollout(samples, sum(rewards) / len(rewards), seconds)
 

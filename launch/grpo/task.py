@@ -1,4 +1,4 @@
-"""The built-in task, and how a user's own is found (trainer ranks)."""
+"""The built-in task, and the import of a user's own (trainer ranks)."""
 
 import importlib
 import itertools
@@ -19,18 +19,18 @@ Reward = Callable[[str, str], float]
 
 
 def capital_prompts() -> list[str]:
-    """Every word of `WORD_LENGTH` letters, followed by ">": "cabh>"."""
+    """Return every word of `WORD_LENGTH` letters, followed by ">": "cabh>"."""
     return ["".join(word) + ">" for word in itertools.product(LETTERS, repeat=WORD_LENGTH)]
 
 
 def capital_reward(prompt: str, completion: str) -> float:
-    """Share of places that have the right capital: "cabh>" wants "CABH".
+    """Return the share of positions with the right capital: "CABH" is right for "cabh>".
 
-    An untrained model earns about 0.05, no constant answer more than 1/8. Characters too many count as wrong.
+    An untrained model earns about 0.05, a constant answer at most 1/8. Extra characters count as wrong.
     """
-    wanted = prompt.removesuffix(">").upper()
-    right = sum(ours == theirs for ours, theirs in zip(wanted, completion, strict=False))
-    return right / max(len(wanted), len(completion))
+    expected = prompt.removesuffix(">").upper()
+    right = sum(character == other for character, other in zip(expected, completion, strict=False))
+    return right / max(len(expected), len(completion))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +41,19 @@ class Task:
     reward: Reward
 
     def draw(self, count: int, rng: random.Random) -> list[str]:
-        """`count` prompts, with replacement."""
+        """Draw `count` prompts with replacement."""
         return rng.choices(self.prompts, k=count)
 
 
 def load_task(config: GrpoConfig) -> Task:
-    """The task that the command line names. Raises `ValueError` that says what is wrong with it."""
+    """Load the task that the command line names. Raises `ValueError` if it cannot be used."""
     reward = import_reward(config.task) if config.task else capital_reward
     prompts = read_prompts(config.prompts) if config.prompts else capital_prompts()
     return Task(prompts, reward)
 
 
 def import_reward(path: str) -> Reward:
-    """Import `package.module:function`; the current folder is searched too."""
+    """Import `package.module:function`; the current folder is searched, too."""
     module, colon, function = path.partition(":")
     if not (module and colon and function):
         raise ValueError(f"task {path!r} is not of the form package.module:function")
@@ -69,7 +69,7 @@ def import_reward(path: str) -> Reward:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Lines of a text file, without empty ones."""
+    """Return the lines of a text file, without empty ones."""
     if not Path(path).is_file():
         raise ValueError(f"there is no prompts file {path!r}")
     prompts = [line for line in Path(path).read_text().splitlines() if line]

@@ -10,7 +10,7 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
 def tiny_config(vocab_size: int) -> Qwen3Config:
-    """Two layers of 64: about 0.1 M parameters, untied embeddings, float32."""
+    """Return the config: two layers of 64, about 0.1 M parameters, untied embeddings, float32."""
     return Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=64,
@@ -20,7 +20,7 @@ def tiny_config(vocab_size: int) -> Qwen3Config:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=128,
-        # Larger than usual: with 0.02 so small a model starts too flat to learn by reward alone.
+        # Larger than usual: with 0.02, so small a model starts too close to uniform to learn by reward alone.
         initializer_range=0.06,
         tie_word_embeddings=False,
         pad_token_id=0,
@@ -31,7 +31,7 @@ def tiny_config(vocab_size: int) -> Qwen3Config:
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token for each character."""
+    """Return a tokenizer with one token for each character."""
     vocabulary = {token: index for index, token in enumerate((PAD, EOS, UNKNOWN, *characters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")

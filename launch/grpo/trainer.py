@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollcast.comm import SyncReport
-from rollcast.launch.grpo.logprob_check import LogprobGap, judge
+from rollcast.launch.grpo.logprob_check import LogprobGap, check_logprobs
 from rollcast.launch.grpo.options import GrpoConfig
 from rollcast.launch.grpo.parallel import Trainers
 from rollcast.launch.grpo.policy import (
@@ -34,8 +34,8 @@ FLOAT32_TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 class Grpo:
     """One trainer rank's part of the loop.
 
-    for step in range(steps):       # what the orchestrator does, as far at the same time as the mode allows
-        sampler.generate -> train (agreement with the engines, update) -> finish (sync, record)
+    for step in range(steps):       # the orchestrator overlaps steps as far as the mode allows
+        sampler.generate -> train (log-probability check, update) -> finish (sync, record)
     """
 
     def __init__(self, config: GrpoConfig, job: Job, *, task: Task, report: RunReport) -> None:
@@ -59,7 +59,7 @@ class Grpo:
         self.dropped = 0
 
     def run(self) -> None:
-        """All steps, then one more rollout to see what the last sync brought. Collective."""
+        """Run all steps, then generate once more to check the last sync. Collective."""
         if self.config.self_test:
             self.broadcaster.self_test()
         outcome = self.job.orchestrator(
@@ -71,7 +71,7 @@ class Grpo:
             waiting=partial(self.report.phase, "generate"),
         ).run(steps=self.config.steps)
         rollout = self.sampler.generate(outcome.trained + outcome.dropped)
-        gap = self.agreement(rollout.samples)
+        gap = self.logprob_gap(rollout.samples)
         self.report.final = {
             "reward": self.trainers.mean(rollout.reward),
             "logprob_mean_diff": gap.mean_diff,
@@ -81,20 +81,20 @@ class Grpo:
         self.trainers.close()
 
     def train(self, rollout: Rollout) -> None:
-        """The step's update, after a look at the engines. Collective."""
+        """Check the engines' log-probabilities, then update the policy. Collective."""
         with self.report.phase("agree"):
-            gap = self.agreement(rollout.samples)
+            gap = self.logprob_gap(rollout.samples)
         with self.report.phase("train"):
             loss = self.update(rollout.samples)
         self.trained = rollout, gap, loss
 
     def drop(self, rollout: Rollout) -> None:
-        """Count samples that nobody will train on."""
+        """Count samples that are not trained on."""
         self.dropped += len(rollout.samples)
         self.job.pool.metrics.stale_drops.inc(len(rollout.samples))
 
     def finish(self, version: int) -> None:
-        """Sync, and note what the step was like. Collective."""
+        """Sync, and record the step. Collective."""
         rollout, gap, loss = self.trained
         behind = self.broadcaster.version - rollout.oldest_version
         with self.report.phase("sync"):
@@ -118,21 +118,21 @@ class Grpo:
         self.report.add(record)
 
     @torch.no_grad()
-    def agreement(self, samples: list[Sample]) -> LogprobGap:
-        """The engines' log-probabilities of sampled tokens against this policy's own.
+    def logprob_gap(self, samples: list[Sample]) -> LogprobGap:
+        """Compare the engines' log-probabilities of sampled tokens with this policy's. Collective.
 
-        Over the samples that are wholly of this policy's version. Raises `AgreementError` on all trainers when an
-        engine differs by more than the tolerance on average. Collective.
+        Samples whose tokens are all of this policy's version are compared. Raises `LogprobError` on all trainers if an
+        engine differs by more than the tolerance on average.
         """
         version = self.broadcaster.version
         if not self.trainers.max(any(sample.oldest_version >= version for sample in samples)):
             return LogprobGap()
-        found = [
+        compared = [
             logprob_diffs(self._logprobs(self.model, batch)[0], batch, version=version)
             for batch in self._minibatches(samples)
         ]
-        differences, engines = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return judge(
+        differences, engines = (torch.cat(parts) for parts in zip(*compared, strict=True))
+        return check_logprobs(
             differences,
             engines,
             self.trainers,
@@ -142,13 +142,13 @@ class Grpo:
         )
 
     def _tolerance(self) -> float:
-        """Of an engine's average difference."""
+        """Return the largest average difference of an engine that is accepted."""
         if self.config.logprob_tolerance is not None:
             return self.config.logprob_tolerance
         return FLOAT32_TOLERANCE[self.trainers.device.type] if self.dtype == torch.float32 else math.inf
 
     def update(self, samples: list[Sample]) -> float:
-        """Clipped policy gradient over the samples, `epochs` times. Returns the mean loss. Collective."""
+        """Take clipped policy-gradient steps over the samples, `epochs` times; return the mean loss. Collective."""
         losses: list[float] = []
         for _ in range(self.config.epochs):
             for batch in self._minibatches(samples):
@@ -162,11 +162,11 @@ class Grpo:
         return sum(losses) / len(losses)
 
     def sync(self, *, version: int) -> SyncReport:
-        """Push the weights into the engines. Collective."""
+        """Push the weights to the engines. Collective."""
         return self.broadcaster.sync(version=version)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        """Mean over the sampled tokens of all trainers, up to the averaging of gradients over trainers."""
+        """Return the loss, such that averaged over trainers its gradient is the mean over all sampled tokens."""
         logprobs, entropy = self._logprobs(self.model, batch)
         loss = clipped_loss(logprobs, batch, clip=self.config.clip)
         loss = loss - self.config.entropy * entropy * batch.completion_mask
@@ -192,7 +192,7 @@ class Grpo:
 
 
 def mode_of(config: GrpoConfig) -> Mode:
-    """What the settings say of overlap."""
+    """Return the orchestrator's mode of the settings."""
     if config.mode == "async":
         return async_(max_staleness=config.max_staleness, stale=config.stale)
     return {"on_policy": on_policy, "one_step_off": one_step_off}[config.mode]()

@@ -1,179 +1,257 @@
-"""An OpenAI-compatible server in front of a pool: any engine answers, and says with which policy version."""
+"""A balancing reverse proxy in front of the engines' own OpenAI-compatible servers (rank 0 of the serve job)."""
 
 import asyncio
-import itertools
 import json
+import logging
+import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
+import aiohttp
 import uvicorn
-from fastapi import FastAPI
-from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import Receive, Scope, Send
+from yarl import URL
 
-from rollcast.launch.serve.openai_api import ChatRequest, CompletionRequest, Request, error, usage
-from rollcast.launch.serve.wording import CHAT, PLAIN, Wording
-from rollcast.rollout import Completion, EngineError, Pool, Sampling
-from rollcast.rollout.protocol.sampling import VERSION_HEADER
+from rollcast.launch.serve.balancer import Balancer, prompt_prefix
 
+ENGINE_HEADER = "x-rollcast-engine"
 START_TIMEOUT_S = 30.0
-POLL_S = 0.5
+STOP_TIMEOUT_S = 3
+BODY_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 5.0
+# Less than uvicorn's 5 s: a request must not be sent on a connection that the engine is about to close.
+KEEP_ALIVE_S = 2.0
+# Headers of one connection rather than of the request, and those that the next client or server writes itself.
+HOP_BY_HOP = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
+NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+NOT_RETURNED = HOP_BY_HOP | {b"date", b"server"}
+EVENT_STREAM = "text/event-stream"
+
+log = logging.getLogger(__name__)
 
 
-class FrontDoor:
-    """Turns OpenAI's requests into the pool's.
+class Frontend:
+    """Forwards each request, untouched, to one engine's own server, and its response back as it comes.
 
-        door = FrontDoor(pool, tokenizer, model="Qwen3-8B", max_model_len=4096)
-        with served(door.app(), host="127.0.0.1", port=8000) as address: ...
+        addresses = [engine.openai for engine in pool.describe()]
+        frontend = Frontend(addresses, registry=pool.metrics.registry)
+        with serve_app(frontend.app(), host="127.0.0.1", port=8000) as address: ...
 
-    Syncs go on meanwhile: a response may be of several versions, and tells which. Everything runs on one event loop.
+    The engines' servers write the policy version into header and body, and take part in syncs; a header names the
+    engine that answered. A request whose engine cannot be reached, or refuses with status 503, goes to another one; if
+    none is left, its client gets 503 with the reasons. A client that disconnects aborts its request in the engine.
+    Everything runs on one event loop.
     """
 
-    def __init__(self, pool: Pool, tokenizer: Any, *, model: str, max_model_len: int) -> None:
-        self._pool = pool
-        self._tokenizer = tokenizer
-        self._model = model
-        self._max_model_len = max_model_len
-        self._numbers = itertools.count()
+    _session: aiohttp.ClientSession
 
-    def app(self) -> FastAPI:
-        """The server's application."""
-        app = FastAPI(title="rollcast")
-        app.post("/v1/chat/completions")(self.chat)
-        app.post("/v1/completions")(self.complete)
-        app.get("/v1/models")(self.models)
-        app.get("/health")(self.health)
-        app.get("/metrics")(self.metrics)
-        app.exception_handler(RequestValidationError)(refused)
-        app.exception_handler(ValueError)(refused)
-        app.exception_handler(EngineError)(unavailable)
-        return app
+    def __init__(
+        self, addresses: Sequence[str], *, registry: CollectorRegistry, read_timeout_s: float = 3600.0
+    ) -> None:
+        """`addresses` are the engines' base URLs ("http://host:port/v1"), by engine; metrics go into `registry`.
 
-    async def chat(self, body: ChatRequest, request: HttpRequest) -> Response:
-        """`POST /v1/chat/completions`."""
-        if not self._tokenizer.chat_template:
-            raise ValueError("the model's tokenizer has no chat template: use /v1/completions")
-        messages = [message.plain() for message in body.messages]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompt = self._tokenizer.encode(text, add_special_tokens=False)
-        return await self._answer(body, prompt, CHAT, request, logprobs=body.logprobs)
+        An engine that sends nothing for `read_timeout_s` has failed: without `stream`, that is the time of a response.
+        """
+        self._addresses = [address.removesuffix("/").removesuffix("/v1") for address in addresses]
+        self._balancer = Balancer(len(addresses))
+        self._timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S, sock_read=read_timeout_s)
+        self._registry = registry
+        self._requests = Gauge(
+            "rollcast_frontend_requests", "Requests under way, by engine.", ["engine"], registry=registry
+        )
+        self._responses = Counter(
+            "rollcast_frontend_responses", "Responses, by engine and status.", ["engine", "status"], registry=registry
+        )
 
-    async def complete(self, body: CompletionRequest, request: HttpRequest) -> Response:
-        """`POST /v1/completions`."""
-        prompt = self._tokenizer.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
-        return await self._answer(body, prompt, PLAIN, request, logprobs=body.logprobs is not None)
+    def app(self) -> Starlette:
+        """Return the ASGI application."""
+        routes = [
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+            Mount("/", app=self._forward),
+        ]
+        return Starlette(routes=routes, lifespan=self._lifespan)
 
-    async def models(self) -> dict[str, Any]:
-        """`GET /v1/models`."""
-        model = {"id": self._model, "object": "model", "owned_by": "rollcast", "max_model_len": self._max_model_len}
-        return {"object": "list", "data": [model]}
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        # No limit: the engines queue requests, and know which to run first.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        # The client's own headers pass, and no other.
+        skipped = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+        async with aiohttp.ClientSession(
+            connector=connector,
+            timeout=self._timeout,
+            auto_decompress=False,
+            skip_auto_headers=skipped,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        ) as self._session:
+            yield
 
-    async def health(self) -> dict[str, Any]:
-        """`GET /health`: every engine's version and state; an error if one does not answer or serve."""
-        engines = await asyncio.to_thread(self._pool.describe)
-        for engine in engines:
-            if engine.torn:
-                raise EngineError(engine.torn)
-        return {"engines": [{"version": its.version, "requests": its.requests} for its in engines]}
+    async def _health(self, request: Request) -> Response:
+        """`GET /health`: 200 if at least one engine serves."""
+        healthy = await asyncio.gather(*map(self._is_healthy, range(len(self._addresses))))
+        engines = [
+            {"engine": engine, "address": f"{address}/v1", "healthy": healthy[engine], "requests": requests}
+            for engine, (address, requests) in enumerate(zip(self._addresses, self._balancer.loads, strict=True))
+        ]
+        return JSONResponse({"engines": engines}, status_code=200 if any(healthy) else 503)
 
-    async def metrics(self) -> PlainTextResponse:
+    async def _is_healthy(self, engine: int) -> bool:
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        try:
+            async with self._session.get(f"{self._addresses[engine]}/health", timeout=timeout) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def _metrics(self, request: Request) -> Response:
         """`GET /metrics`, for Prometheus."""
-        return PlainTextResponse(self._pool.metrics.text())
+        return PlainTextResponse(generate_latest(self._registry))
 
-    async def _answer(
-        self, body: Request, prompt: list[int], wording: Wording, request: HttpRequest, *, logprobs: bool
-    ) -> Response:
-        room = self._max_model_len - len(prompt)
-        if room < 1:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, but the model takes {self._max_model_len} in all")
-        sampling = body.sampling(room=room)
-        head = {"id": f"{wording.prefix}-{next(self._numbers)}", "created": int(time.time()), "model": self._model}
-        if body.stream:
-            pieces = self._stream(body, prompt, sampling, wording, head)
-            # Of the first token: a stream's headers come before the rest is known.
-            version, first = await anext(pieces)
-            events = _chained(first, pieces)
-            return StreamingResponse(events, media_type="text/event-stream", headers={VERSION_HEADER: str(version)})
-        group = await self._group(prompt, sampling, body.priority, request)
-        choices = [wording.choice(self._tokenizer, index, its, logprobs=logprobs) for index, its in enumerate(group)]
-        tokens = sum(len(its.token_ids) for its in group)
-        version = max(its.versions[-1] for its in group)
-        content = head | {"object": wording.kind, "choices": choices, "usage": usage(len(prompt), tokens)}
-        return JSONResponse(content | {"policy_version": version}, headers={VERSION_HEADER: str(version)})
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer any other request (ASGI)."""
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})
+            return
+        request = Request(scope, receive)
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await request.body()
+        except ClientDisconnect:
+            return
+        except TimeoutError:
+            response = _error(408, f"no complete request within {BODY_TIMEOUT_S:g} s", kind="invalid_request_error")
+            await response(scope, receive, send)
+            return
+        answering = asyncio.create_task(self._answer(request, body, send))
+        disconnected = asyncio.create_task(_wait_for_disconnect(receive))
+        try:
+            await asyncio.wait({answering, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            disconnected.cancel()
+            # This closes the connection to the engine, which aborts the request there.
+            cancelled = answering.cancel()
+            await asyncio.wait({answering, disconnected})
+        if not cancelled:
+            answering.result()
 
-    async def _group(
-        self, prompt: list[int], sampling: Sampling, priority: int, request: HttpRequest
-    ) -> list[Completion]:
-        """The completions; the request ends when its client goes away."""
-        request_id = f"door-{next(self._numbers)}"
-        future = self._pool.submit(prompt, sampling, request_id=request_id, priority=priority)
-        answer = asyncio.wrap_future(future)
-        while not (await asyncio.wait([answer], timeout=POLL_S))[0]:
-            if await request.is_disconnected():
-                self._pool.abort([request_id])
-        return answer.result()
+    async def _answer(self, request: Request, body: bytes, send: Send) -> None:
+        """Try the engines in turn until one answers."""
+        prefix = prompt_prefix(body)
+        refusals: list[str] = []
+        for engine in self._balancer.candidates(prefix):
+            with self._balancer.request(engine, prefix), self._requests.labels(engine).track_inprogress():
+                try:
+                    response = await self._request(engine, request, body)
+                except aiohttp.SocketTimeoutError:
+                    # It may have done its work: another engine would do the same again, as slowly.
+                    message = f"engine {engine} has not answered within {self._timeout.sock_read:g} s"
+                    await _error(504, message, kind="timeout_error")(request.scope, request.receive, send)
+                    return
+                except (aiohttp.ClientError, OSError) as error:
+                    refusal = f"engine {engine} at {self._addresses[engine]}: {error or type(error).__name__}"
+                else:
+                    async with response:
+                        self._responses.labels(engine, response.status).inc()
+                        if response.status != 503:
+                            await _return(response, engine, send)
+                            return
+                        refusal = await _error_message(response)
+            log.warning("trying another engine: %s", refusal)
+            self._balancer.avoid(engine)
+            refusals.append(refusal)
+        message = f"no engine serves: {'; '.join(refusals)}"
+        await _error(503, message, kind="service_unavailable")(request.scope, request.receive, send)
 
-    async def _stream(
-        self, body: Request, prompt: list[int], sampling: Sampling, wording: Wording, head: dict[str, Any]
-    ) -> AsyncGenerator[tuple[int, str], None]:
-        """Version and event of every piece; the version is of the piece's last token."""
-        head = head | {"object": wording.stream_kind}
-        token_ids: list[int] = []
-        shown: str | None = None
-        async for piece in self._pool.stream(prompt, sampling, priority=body.priority):
-            token_ids += piece.token_ids
-            text = wording.text(self._tokenizer, token_ids, whole=piece.finish_reason is not None)
-            choice = wording.delta(text[len(shown or "") :], piece.finish_reason, first=shown is None)
-            shown = text
-            version = piece.spans[-1][0]
-            yield version, _event(head | {"choices": [choice], "policy_version": version})
-        if body.stream_options is not None and body.stream_options.include_usage:
-            yield 0, _event(head | {"choices": [], "usage": usage(len(prompt), len(token_ids))})
-        yield 0, "data: [DONE]\n\n"
+    async def _request(self, engine: int, request: Request, body: bytes) -> aiohttp.ClientResponse:
+        """Send the request to an engine; return its response once the headers are there."""
+        path = request.scope.get("raw_path") or request.scope["path"].encode()
+        query = request.scope["query_string"]
+        target = path + (b"?" + query if query else b"")
+        headers = [
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in request.headers.raw
+            if name not in NOT_FORWARDED
+        ]
+        return await self._session.request(
+            request.method,
+            URL(self._addresses[engine] + target.decode("latin-1"), encoded=True),
+            headers=headers,
+            data=body or None,
+            allow_redirects=False,
+        )
 
 
-async def _chained(first: str, more: AsyncGenerator[tuple[int, str], None]) -> AsyncGenerator[str, None]:
+async def _return(response: aiohttp.ClientResponse, engine: int, send: Send) -> None:
+    """Pass an engine's response to the client, piece by piece as it comes."""
+    headers = [(name.lower(), value) for name, value in response.raw_headers if name.lower() not in NOT_RETURNED]
+    headers.append((ENGINE_HEADER.encode(), str(engine).encode()))
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
     try:
-        yield first
-        async for _, event in more:
-            yield event
-    finally:
-        await more.aclose()
+        async for piece in response.content.iter_any():
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+    except (aiohttp.ClientError, TimeoutError) as error:
+        if response.content_type != EVENT_STREAM:
+            # The server closes the connection before the body is complete: the client must not take it for whole.
+            raise
+        message = f"engine {engine} stopped answering: {error or type(error).__name__}"
+        event = f"\n\ndata: {json.dumps(_error_content(message, kind='service_unavailable'))}\n\n"
+        await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
 
 
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
 
 
-async def refused(request: HttpRequest, problem: Exception) -> JSONResponse:
-    """The client's mistake."""
-    details = problem.errors() if isinstance(problem, RequestValidationError) else []
-    words = "; ".join(f"{'.'.join(map(str, its['loc'][1:]))}: {its['msg']}" for its in details)
-    return JSONResponse(error(words or str(problem), kind="invalid_request_error"), status_code=400)
+async def _error_message(response: aiohttp.ClientResponse) -> str:
+    """Return the message of an OpenAI error, or the body as it is."""
+    text = ""
+    try:
+        text = (await response.read()).decode(errors="replace")
+        return str(json.loads(text)["error"]["message"])
+    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
+        return text
 
 
-async def unavailable(request: HttpRequest, problem: Exception) -> JSONResponse:
-    """An engine's words."""
-    return JSONResponse(error(str(problem), kind="service_unavailable"), status_code=503)
+def _error_content(message: str, *, kind: str) -> dict[str, dict[str, str | None]]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def _error(status: int, message: str, *, kind: str) -> JSONResponse:
+    """Return an OpenAI error."""
+    return JSONResponse(_error_content(message, kind=kind), status_code=status)
 
 
 @contextmanager
-def served(app: FastAPI, *, host: str, port: int) -> Iterator[str]:
-    """Serve on a thread for as long as the context is open; the address (of port 0: a free port's)."""
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
-    thread = threading.Thread(target=server.run, name="front-door", daemon=True)
-    thread.start()
-    end = time.monotonic() + START_TIMEOUT_S
-    while not server.started:
-        if not thread.is_alive() or time.monotonic() > end:
-            raise OSError(f"the front door could not be opened at {host}:{port}: is the port in use?")
-        time.sleep(0.01)
-    try:
-        yield f"http://{host}:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+def serve_app(app: Starlette, *, host: str, port: int) -> Iterator[str]:
+    """Serve on a thread for as long as the context is open; yield the URL. Port 0 is a free one.
+
+    Raises `OSError` if the port is in use, or the server does not start in time.
+    """
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_TIMEOUT_S, lifespan="on"
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listener],), name="frontend", daemon=True)
+        thread.start()
+        end = time.monotonic() + START_TIMEOUT_S
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > end:
+                raise OSError(f"the server at {host}:{port} did not start")
+            time.sleep(0.01)
+        try:
+            yield f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(START_TIMEOUT_S)

@@ -1,16 +1,16 @@
-"""Holding vLLM's scheduler, its caches and its memory (engine process; the one place that knows these hooks)."""
+"""vLLM's `AsyncLLM`: how it is built, paused and put to sleep (engine process)."""
 
 import asyncio
 from typing import Any
 
+from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.lora import lora_args
-from rollcast.rollout.protocol.messages import Launch
 
 
-class Scheduling:
-    """Pauses one `AsyncLLM`, between two of its steps.
+class LLMControl:
+    """Pauses the scheduler of one `AsyncLLM` between two of its steps, clears its caches, frees its memory.
 
-    `AsyncLLM.pause_generation` does the same and then sleeps for 20 ms, as long as a sync of a small model.
+    `AsyncLLM.pause_generation` pauses, too, and then sleeps for 20 ms: as long as a sync of a small model takes.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -18,10 +18,10 @@ class Scheduling:
         self._core = llm.engine_core
         self.paused = False
         self.asleep: frozenset[str] = frozenset()
-        """What has given its memory back: "weights", "kv_cache"."""
+        """What has freed its memory: "weights", "kv_cache"."""
 
     async def pause(self, mode: str, *, timeout_s: float) -> None:
-        """Schedule nothing more. vLLM's modes: "keep", "wait". Raises `TimeoutError` with what to change."""
+        """Stop scheduling, in vLLM's mode "keep" or "wait". Raises `TimeoutError`, with the mode in its text."""
         self.paused = True
         try:
             async with asyncio.timeout(timeout_s):
@@ -36,71 +36,71 @@ class Scheduling:
             await self._core.resume_scheduler_async()
 
     async def clear_prefix_cache(self) -> bool:
-        """Whether the old weights' keys are gone. Requests that hold some are run again from their start."""
-        # vLLM refuses while requests hold blocks, unless it may run those again.
+        """Empty the prefix cache; requests that hold blocks of it start over. Return whether vLLM did so."""
+        # vLLM refuses while requests hold blocks, unless it may preempt them.
         for reset_running_requests in (False, True):
             if await self._llm.reset_prefix_cache(reset_running_requests=reset_running_requests):
                 return True
         return False
 
-    def fall_asleep(self) -> None:
-        """Note that `sleep` follows."""
+    def mark_asleep(self) -> None:
+        """Count weights and KV cache as freed, before `sleep` frees them."""
         self.asleep = frozenset({"weights", "kv_cache"})
 
     async def sleep(self, level: int) -> None:
-        """Give memory back, as vLLM's levels say."""
-        self.fall_asleep()
+        """Free memory, by vLLM's sleep levels."""
+        self.mark_asleep()
         await self._llm.sleep(level=level)
 
     async def wake_up(self, tags: list[str]) -> None:
-        """Take the memory of `tags` back; all of it when `tags` is empty."""
+        """Allocate the memory of `tags` again; all of it when `tags` is empty."""
         await self._llm.wake_up(tags=tags or None)
         self.asleep = self.asleep - set(tags) if tags else frozenset()
 
 
-def start_llm(launch: Launch) -> Any:
-    """An `AsyncLLM` with its processes, its model loaded. Blocks until it is ready."""
+def build_async_llm(config: RolloutConfig) -> Any:
+    """Return an `AsyncLLM` with its processes started and its model loaded. Blocks until then."""
     from vllm import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    optional: dict[str, Any] = {} if launch.max_num_seqs is None else {"max_num_seqs": launch.max_num_seqs}
-    if launch.deterministic:
-        # Which keys it holds hangs on what came before, in which order.
+    optional: dict[str, Any] = {} if config.max_num_seqs is None else {"max_num_seqs": config.max_num_seqs}
+    if config.deterministic:
+        # What the cache holds depends on the earlier requests and their order.
         optional["enable_prefix_caching"] = False
-    if launch.lora_rank is not None:
-        optional |= lora_args(launch.lora_rank, versions=launch.lora_versions)
+    if config.lora_rank is not None:
+        optional |= lora_args(config.lora_rank, versions=config.lora_versions)
     args: dict[str, Any] = {
-        "model": launch.model,
-        "dtype": launch.dtype,
-        "max_model_len": launch.max_model_len,
-        "tensor_parallel_size": launch.tensor_parallel_size,
-        "worker_extension_cls": launch.worker_extension_cls,
-        "load_format": launch.load_format,
-        "seed": launch.seed,
-        "enforce_eager": launch.enforce_eager,
-        "gpu_memory_utilization": launch.gpu_memory_utilization,
-        # The pool's prompts arrive as tokens; vLLM then knows no end-of-sequence token. Its own server takes text.
-        "skip_tokenizer_init": launch.openai_port is None,
+        "model": config.model,
+        "dtype": config.resolved_dtype(),
+        "max_model_len": config.resolved_max_model_len(),
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "worker_extension_cls": config.worker_extension_cls,
+        "load_format": config.load_format,
+        "seed": config.seed,
+        "enforce_eager": config.enforce_eager,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        # The pool's prompts are tokens; vLLM then knows no end-of-sequence token. Its own server takes text.
+        "skip_tokenizer_init": config.openai_port is None,
         # The policy ratio needs the distribution that was sampled from.
         "logprobs_mode": "processed_logprobs",
-        # As first come, first served, where nobody asks for priorities.
+        # Equal priorities run first come, first served.
         "scheduling_policy": "priority",
         "disable_log_stats": True,
     }
-    engine_args = AsyncEngineArgs(**args | optional | launch.engine_args)
-    # As many requests at a time, and tokens in a step, as vLLM's `LLM` takes: left alone, an `AsyncLLM` takes an
-    # eighth of both on an H200.
+    engine_args = AsyncEngineArgs(**args | optional | dict(config.engine_args))
+    # The defaults of vLLM's `LLM` for sequences and tokens in a step: those of an `AsyncLLM` are an eighth of
+    # them on an H200.
     llm = AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
-    _share_the_loop(llm)
+    _yield_between_outputs(llm)
     return llm
 
 
-def _share_the_loop(llm: Any) -> None:
-    """Let others have their turn between two steps' outputs.
+def _yield_between_outputs(llm: Any) -> None:
+    """Let other tasks of the event loop run between the outputs of two steps.
 
-    vLLM's handler of outputs only waits when there are none. Where steps are short, or the core is shared, there
-    always are, and a sync would wait until the last request is done.
+    vLLM's output handler waits only when there are no outputs. Where steps are short, or the core is shared, there
+    always are some, and a sync would wait until the last request is done.
     """
     core = llm.engine_core
     get = core.get_output_async

@@ -1,4 +1,4 @@
-"""Syncs of one engine: what is done with new weights, and what happens to requests meanwhile (engine process)."""
+"""The engine's side of a sync: receive, commit, finalize or abort, and the requests meanwhile (engine process)."""
 
 import asyncio
 import contextlib
@@ -8,224 +8,224 @@ from typing import Any
 
 import msgspec
 
-from rollcast.rollout.engine.async_llm import Scheduling
-from rollcast.rollout.engine.requests import Requests
+from rollcast.rollout.engine.async_llm import LLMControl
+from rollcast.rollout.engine.requests import Requests, engine_error
 from rollcast.rollout.engine.workers import Workers
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.protocol.messages import JoinGroup, Receive, WorkerTimes
 
 
 class State(Enum):
-    """Of an engine's weights.
+    """State of an engine's weights.
 
-    SERVING --receive--> RECEIVING --commit--> COMMITTED     (in place: the weights are a mixture at first)
-                         RECEIVING --abandon--> TORN --receive--> RECEIVING
-    SERVING --receive--> HOLDING --commit--> COMMITTED       (shadow: the new weights wait beside the old)
-                         HOLDING --abandon--> SERVING
-    COMMITTED --settle--> SERVING                            (everybody has the version)
-    COMMITTED --abandon--> TORN                              (given up: it may come again, with other weights)
+    SERVING --receive--> RECEIVING --commit--> COMMITTED     (in place: the weights are partially updated at first)
+                         RECEIVING --abort--> PARTIAL --receive--> RECEIVING
+    SERVING --receive--> STAGED --commit--> COMMITTED        (shadow: the new weights wait in spare memory)
+                         STAGED --abort--> SERVING
+    COMMITTED --finalize--> SERVING                          (every engine and trainer has the version)
+    COMMITTED --abort--> PARTIAL                             (the version may come again, with other weights)
     """
 
     SERVING = "serving"
     RECEIVING = "receiving"
-    HOLDING = "holding"
+    STAGED = "staged"
     COMMITTED = "committed"
-    TORN = "torn"
+    PARTIAL = "partially updated"
 
 
-class Updates:
-    """Takes an engine from one version to the next.
+class EngineSync:
+    """Takes one engine from one version of the weights to the next.
 
-    Between `receive` and `settle` nothing is handed out, so that a version is of the same weights wherever it is seen.
-    (An engine alone hands out from `commit` on: its answer travels ahead of what it makes.) After a failure requests
-    are refused instead of served with weights that are torn, or not everybody's.
+    Between `receive` and `finalize` no output leaves the engine, so that a version means the same weights wherever it
+    is seen. (An engine alone releases outputs at `commit`: its reply travels ahead of them.) After a failure, requests
+    are refused instead of served with weights that are partially updated, or that other engines lack.
     """
 
     def __init__(
-        self, workers: Workers, requests: Requests, scheduling: Scheduling, *, index: int, wakes: bool
+        self, workers: Workers, requests: Requests, control: LLMControl, *, index: int, wake_for_sync: bool
     ) -> None:
         self._workers = workers
         self._requests = requests
-        self._scheduling = scheduling
+        self._control = control
         self._index = index
-        self._wakes = wakes
+        self._wake_for_sync = wake_for_sync
         self._state = State.SERVING
         self._tokens: dict[str, int] = {}
-        self._changing: asyncio.Task[Any] | None = None
-        self._attempts: set[asyncio.Task[None]] = set()
+        self._under_way: asyncio.Task[Any] | None = None
+        self._background: set[asyncio.Task[None]] = set()
         self._received: Receive | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a sync is under way."""
+        under_way = self._under_way is not None and not self._under_way.done()
+        return under_way or self._state in (State.RECEIVING, State.STAGED)
+
     async def prepare(self, manifest: bytes) -> list[str]:
-        """Let every worker find where the parameters land. The digest of each worker's plan."""
-        await self.wake()
+        """Compile the landing plan in every worker. Return the digest of each worker's plan."""
+        await self._ensure_awake()
         return await self._workers.call("rollcast_prepare", manifest)
 
     async def join(self, request: JoinGroup) -> None:
-        """Let every worker join the group of its lane."""
-        if self._changing is not None and not self._changing.done():
-            # Of a sync that failed: what it still has to leave must not be the new group.
-            await asyncio.wait([self._changing], timeout=request.timeout_s)
+        """Join the group of its lane with every worker."""
+        if self._under_way is not None and not self._under_way.done():
+            # A sync that failed: the group that it has still to leave must not be the new one.
+            await asyncio.wait([self._under_way], timeout=request.timeout_s)
         assignments = [list(msgspec.structs.astuple(assignment)) for assignment in request.assignments]
-        arguments = (request.address, assignments, request.walk, request.bucket_bytes, request.timeout_s)
+        arguments = (request.address, assignments, request.gather_order, request.bucket_bytes, request.timeout_s)
         await self._workers.call("rollcast_join", *arguments)
 
     async def receive(self, request: Receive) -> list[WorkerTimes]:
-        """Receive new weights in all workers. Served after `commit` and `settle`, or at once if `request.alone`."""
+        """Receive new weights in all workers. Served after `commit` and `finalize`, or at once if `request.alone`."""
         try:
             self._check(request)
-            self._changing = asyncio.current_task()
-            await self.wake()
+            self._under_way = asyncio.current_task()
+            await self._ensure_awake()
             phases = await self._receive(request)
             self._received = request
             if request.alone:
                 await self.commit(request.version, timeout_s=request.timeout_s)
         except BaseException:
-            # vLLM may be held up by workers that still receive, until the sender hears of this.
-            self._in_time(self._workers.call("rollcast_leave"))
+            # Without waiting: vLLM's scheduler may stand until workers that still receive have failed, too.
+            self._run_in_background(self._workers.call("rollcast_leave"))
             raise
         return [WorkerTimes(request.first_rank + rank, worker) for rank, worker in enumerate(phases)]
 
-    def _in_time(self, act: Coroutine[Any, Any, Any]) -> None:
-        """Do something that need not be waited for. An engine that is dead does nothing."""
-
-        async def attempt() -> None:
-            with contextlib.suppress(Exception):
-                await act
-
-        task = asyncio.create_task(attempt())
-        self._attempts.add(task)
-        task.add_done_callback(self._attempts.discard)
-
-    def _check(self, request: Receive) -> None:
-        version, state = self._requests.version, self._state
-        # The same version once more: the trainer has not heard that it has arrived.
-        if request.version < version:
-            raise EngineError(f"engine {self._index} has version {version}: {request.version} is not newer")
-        if request.unchanged and (state is not State.SERVING or request.version != version):
-            raise EngineError(
-                f"engine {self._index} has version {version}, {state.value}: a self-test needs engines that serve "
-                f"version {request.version}, so sync first"
-            )
-        if request.unchanged and self._requests.slots:
-            raise EngineError(f"engine {self._index} has no adapter in its checkpoint to test: use sync(verify='full')")
-
-    async def _receive(self, request: Receive) -> list[dict[str, float]]:
-        """Let the workers receive: into the live weights, torn until `commit`, or beside them while they decode."""
-        slot = self._requests.slot_of(request.version)
-        arguments: list[Any] = [request.version, request.digests, slot, request.verify]
-        # Torn, there is nothing to serve meanwhile.
-        if request.mode == "shadow" and self._state is not State.TORN:
-            outcomes = await self._workers.ring("rollcast_receive_aside", *arguments, request.timeout_s)
-            self._state = State.HOLDING
-        else:
-            arguments += [request.unchanged, request.timeout_s]
-            outcomes = await self._change("rollcast_receive", *arguments, request=request, timeout_s=request.timeout_s)
-        return [outcome["phases_s"] for outcome in outcomes]
-
-    async def _change(self, method: str, *arguments: Any, request: Receive, timeout_s: float) -> list[Any]:
-        """Make a call that changes the live weights; what it returns.
-
-        It is made between two steps of the workers, which make none meanwhile, and its GPU work is queued behind
-        that of the step under way. So requests need no pause to be kept; what ends from here on is held.
-        """
-        self._requests.hold()
-        if request.prefix_cache == "salt":
-            # Requests that arrive from now on, which run under the next version.
-            self._requests.salt += 1
-        try:
-            # A cache is cleared while nothing runs.
-            if request.pause_mode != "keep" or _clears(request):
-                await self._pause(request.pause_mode, timeout_s=timeout_s)
-            self._state = State.RECEIVING
-            outcomes = await self._workers.ring(method, *arguments)
-        except TimeoutError as late:
-            raise EngineError(f"engine {self._index} {late}") from None
-        except EngineError:
-            # Torn weights must not go on to run.
-            self._in_time(self._scheduling.pause("keep", timeout_s=timeout_s))
-            raise
-        self._tokens = outcomes[0]["tokens"]
-        return outcomes
-
-    async def _pause(self, mode: str, *, timeout_s: float) -> None:
-        """Let vLLM schedule nothing more. "abort" is not vLLM's own, which would also end what is not the pool's."""
-        await self._scheduling.pause("wait" if mode == "wait" else "keep", timeout_s=timeout_s)
-        if mode == "abort":
-            await self._requests.set_aside()
-
     async def commit(self, version: int, *, timeout_s: float) -> None:
-        """All engines have the weights: switch to them, treat the prefix cache, set the version, go on."""
+        """Switch to the received weights, clear caches if asked to, set the version, resume."""
         request = self._received
         assert request is not None and request.version == version
-        self._raise_if_given_up(version)
-        self._changing = asyncio.current_task()
-        if self._state is State.HOLDING:
-            await self._change("rollcast_apply", timeout_s, request=request, timeout_s=timeout_s)
-        if _clears(request) and not await self._scheduling.clear_prefix_cache():
-            raise EngineError(f"engine {self._index}: vLLM did not clear its prefix cache")
-        self._raise_if_given_up(version)
-        anew = request.prefix_cache == "salt" and not _clears(request)
-        self._requests.advance(version, self._tokens, anew=anew)
+        self._raise_if_aborted(version)
+        self._under_way = asyncio.current_task()
+        if self._state is State.STAGED:
+            await self._change_weights(request, "apply", timeout_s=timeout_s)
+        recompute = request.kv_cache == "recomputed"
+        if recompute and not await self._control.clear_prefix_cache():
+            raise engine_error(self._index, "could not clear vLLM's prefix cache")
+        self._raise_if_aborted(version)
+        self._requests.advance(version, self._tokens, resend_waiting=not recompute)
         self._state, self._received = State.COMMITTED, None
         if request.alone:
             self._requests.release()
-        if not self._scheduling.asleep:
+        if not self._control.asleep:
             # Asleep, vLLM schedules again when its cache is awake, too, and empty.
-            await self._scheduling.resume()
+            await self._control.resume()
 
-    def _raise_if_given_up(self, version: int) -> None:
-        if self._state is State.TORN:
-            raise EngineError(f"engine {self._index}: the sync of version {version} was given up meanwhile")
-
-    def settle(self) -> None:
-        """All engines have committed: hand out what the version makes."""
+    def finalize(self) -> None:
+        """Release the outputs of the new version: every engine has committed."""
         if self._state is State.COMMITTED:
             self._state = State.SERVING
             self._requests.release()
 
-    async def abandon(self, text: str) -> None:
-        """The sync failed somewhere. Untouched weights serve on; torn ones, or those of this sync, never do."""
-        if self._changing is not None and not self._changing.done() and self._state in (State.SERVING, State.HOLDING):
-            # Still pausing, or receiving beside: it must not go on after this.
-            self._changing.cancel()
-            await asyncio.wait([self._changing])
-        if self._state in (State.SERVING, State.HOLDING):
+    async def abort(self, reason: str) -> None:
+        """Give up the sync, which failed somewhere: serve on if the weights are untouched, else refuse to."""
+        untouched = (State.SERVING, State.STAGED)
+        if self._under_way is not None and not self._under_way.done() and self._state in untouched:
+            # Still pausing, or receiving into spare memory: it must not continue after this.
+            self._under_way.cancel()
+            await asyncio.wait([self._under_way])
+        if self._state in untouched:
             self._state = State.SERVING
             self._requests.release()
-            await self._scheduling.resume()
+            await self._control.resume()
             return
-        if self._state is State.TORN:
-            # It did not come as far as this engine, which has said before why it refuses.
+        if self._state is State.PARTIAL:
+            # The sync did not get as far as this engine, which has its reason from an earlier one.
             return
-        held = "weights that were given up" if self._state is State.COMMITTED else "torn weights"
-        self._state = State.TORN
-        # Nobody may find the keys that these weights have made.
-        self._requests.salt += 1
-        self._requests.refuse(f"engine {self._index} holds {held} and refuses to generate until the next sync: {text}")
+        weights = "weights of an aborted sync" if self._state is State.COMMITTED else "partially updated weights"
+        self._state = State.PARTIAL
+        # Later requests must not reuse KV blocks of these weights.
+        self._requests.change_salt()
+        self._requests.refuse(f"has {weights} and refuses to generate until the next sync: {reason}")
 
-    @property
-    def busy(self) -> bool:
-        """Whether a sync is under way."""
-        changing = self._changing is not None and not self._changing.done()
-        return changing or self._state in (State.RECEIVING, State.HOLDING)
-
-    async def wake(self) -> None:
-        """See to it that there are weights to write, or refuse."""
-        if "weights" not in self._scheduling.asleep:
-            return
-        if not self._wakes:
-            raise EngineError(
-                f"engine {self._index} sleeps: its weights cannot be updated before pool.wake_up(['weights']) "
-                "(sync_asleep='wake' does that by itself)"
-            )
-        await self._scheduling.wake_up(["weights"])
-
-    def lose(self, why: str) -> None:
-        """The weights are gone: serve nothing before the next sync."""
-        self._state = State.TORN
+    def discard_weights(self, why: str) -> None:
+        """Refuse requests until the next sync, because the weights are gone."""
+        self._state = State.PARTIAL
         self._requests.refuse(why)
 
+    def _check(self, request: Receive) -> None:
+        version, state = self._requests.version, self._state
+        # The same version is accepted once more: the trainer may not know that it has arrived.
+        if request.version < version:
+            raise engine_error(self._index, f"has version {version}: {request.version} is not newer")
+        if request.unchanged and (state is not State.SERVING or request.version != version):
+            raise engine_error(
+                self._index,
+                f"has version {version}, {state.value}: a self-test needs engines that serve version "
+                f"{request.version}, so sync first",
+            )
+        if request.unchanged and self._requests.slots:
+            raise engine_error(self._index, "has no adapter in its checkpoint to test: use sync(verify='full')")
 
-def _clears(request: Receive) -> bool:
-    """Whether keys and values of the old weights go, also those of requests in flight."""
-    return request.prefix_cache == "clear" or request.kv_cache == "recomputed"
+    async def _receive(self, request: Receive) -> list[dict[str, float]]:
+        """Receive into the live weights, or into spare memory while the workers decode. Return each worker's phases."""
+        arguments: dict[str, Any] = {
+            "version": request.version,
+            "digests": request.digests,
+            "slot": self._requests.slot_of(request.version),
+            "verify": request.verify,
+            "timeout_s": request.timeout_s,
+        }
+        # With partially updated weights there are no requests to decode for meanwhile.
+        if request.mode == "shadow" and self._state is not State.PARTIAL:
+            results = await self._workers.call_directly("receive_shadow", **arguments)
+            self._state = State.STAGED
+        else:
+            results = await self._change_weights(request, "receive", unchanged=request.unchanged, **arguments)
+        return [result["phases_s"] for result in results]
+
+    async def _change_weights(self, request: Receive, method: str, *, timeout_s: float, **arguments: Any) -> list[Any]:
+        """Call a method that changes the live weights in every worker. Return each worker's result.
+
+        The workers run it between two steps and start none meanwhile, and its GPU work is queued behind that of the
+        step under way. So requests continue without a pause; their outputs are held from here on.
+        """
+        self._requests.hold()
+        self._requests.change_salt()
+        try:
+            # The prefix cache can only be cleared while nothing is scheduled.
+            if request.pause_mode != "keep" or request.kv_cache == "recomputed":
+                await self._pause(request.pause_mode, timeout_s=timeout_s)
+            self._state = State.RECEIVING
+            results = await self._workers.call_directly(method, timeout_s=timeout_s, **arguments)
+        except TimeoutError as error:
+            raise engine_error(self._index, str(error)) from None
+        except EngineError:
+            # Steps must not continue with partially updated weights.
+            self._run_in_background(self._control.pause("keep", timeout_s=timeout_s))
+            raise
+        self._tokens = results[0]["tokens"]
+        return results
+
+    async def _pause(self, mode: str, *, timeout_s: float) -> None:
+        """Stop scheduling. "abort" preempts the pool's requests; vLLM's own "abort" mode would end all requests."""
+        await self._control.pause("wait" if mode == "wait" else "keep", timeout_s=timeout_s)
+        if mode == "abort":
+            await self._requests.preempt_all()
+
+    def _raise_if_aborted(self, version: int) -> None:
+        if self._state is State.PARTIAL:
+            raise engine_error(self._index, f"cannot commit version {version}: the sync was aborted")
+
+    async def _ensure_awake(self) -> None:
+        """Wake the weights if they are asleep, or raise `EngineError` if the configuration is to refuse."""
+        if "weights" not in self._control.asleep:
+            return
+        if not self._wake_for_sync:
+            raise engine_error(
+                self._index,
+                "sleeps: its weights cannot be updated before pool.wake_up(['weights']) "
+                "(sync_asleep='wake' does that by itself)",
+            )
+        await self._control.wake_up(["weights"])
+
+    def _run_in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Start work that nobody waits for. It may fail: the engine may be dead."""
+
+        async def attempt() -> None:
+            with contextlib.suppress(Exception):
+                await work
+
+        task = asyncio.create_task(attempt())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

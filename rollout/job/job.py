@@ -1,4 +1,4 @@
-"""`join`: turns the ranks of a torchrun job into trainers and engines (every rank)."""
+"""`join`: turn the ranks of a torchrun job into trainers and engines (every rank)."""
 
 import itertools
 import logging
@@ -17,32 +17,31 @@ from rollcast.comm.agreement import Agreement
 from rollcast.comm.transport.rendezvous import reachable_host
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.job.preflight import describe, preflight
-from rollcast.rollout.job.supervisor import idle, lead
+from rollcast.rollout.job.supervisor import lend_gpu, supervise_engine
 from rollcast.rollout.job.world import World, narrow_to_trainers
+from rollcast.rollout.orchestrator import Mode, Orchestrator
 from rollcast.rollout.orchestrator.generation import Batch
-from rollcast.rollout.orchestrator.orchestrator import Orchestrator
-from rollcast.rollout.orchestrator.schedule import Mode
-from rollcast.rollout.pool.dispatcher import Repeatable
-from rollcast.rollout.pool.pool import Pool
-from rollcast.rollout.protocol.registry import Card, Roster
-from rollcast.rollout.sync.broadcaster import PoolBroadcaster
+from rollcast.rollout.pool import Pool
+from rollcast.rollout.pool.dispatcher import DeterministicRequests
+from rollcast.rollout.protocol.registry import EngineRegistry, RankInfo
+from rollcast.rollout.sync import PoolBroadcaster
 
 logger = logging.getLogger(__name__)
 
 STORE_TIMEOUT_S = 300.0
-LEAVE_S = 10.0
-# Every rank joins equally often, so the n-th job of a process meets the n-th of the others.
+STOP_TIMEOUT_S = 10.0
+# Every rank joins equally often, so the n-th job of a process belongs to the n-th of the others.
 JOINS = itertools.count()
 
 
 @dataclass(kw_only=True)
 class Job:
-    """What `join` gives a rank. On engine ranks, whose work is over by then, only the ranks are of interest."""
+    """One rank's part of a job, as `join` yields it; on engine ranks when their work is over."""
 
     config: RolloutConfig
     world: World
-    cards: list[Card]
-    """What every rank runs on, in rank order."""
+    ranks: list[RankInfo]
+    """What each rank runs on, in rank order."""
     _pool: Pool | None
     _agreement: Agreement | None
     _stack: ExitStack
@@ -51,17 +50,18 @@ class Job:
 
     @property
     def is_trainer(self) -> bool:
+        """Whether this rank trains."""
         return self.world.is_trainer
 
     @property
     def trainer_rank(self) -> int:
-        """This rank among the trainers: `[0, trainers)`."""
+        """Rank among the trainers: `[0, trainers)`."""
         assert self.is_trainer
         return self.world.rank
 
     @property
     def pool(self) -> Pool:
-        """The engines. Trainer ranks only."""
+        """Pool of all engines. Trainer ranks only."""
         if self._pool is None:
             raise RuntimeError("only trainer ranks have a pool: check job.is_trainer first")
         return self._pool
@@ -73,14 +73,14 @@ class Job:
         transport: str | None = None,
         adapter: str | None = None,
     ) -> PoolBroadcaster:
-        """A broadcaster of these weights (see `WeightSource` for what they may be). Trainer ranks only.
+        """Return a broadcaster of these weights (see `WeightSource` for what they may be). Trainer ranks only.
 
-        Of a peft model it sends the LoRA adapter alone if the engines have a `lora_rank`, and else the base weights
-        with the adapter folded in; `adapter` names one where several are active.
+        From a peft model it sends only the LoRA adapter if the engines have a `lora_rank`, else the base weights with
+        the adapter merged into them; `adapter` names one where several are active.
 
-        Not collective, but every trainer rank needs one to take part in its syncs. It takes over from an earlier
-        one, which is closed: the engines belong to one group at a time. `transport`: None, as configured. Raises
-        `ValueError`, by name, for adapters that engines would compute differently.
+        Not collective, but every trainer rank needs one to take part in its syncs. An earlier broadcaster of this job
+        is closed: the engines belong to one group at a time. `transport`: None, as configured. Raises `ValueError`
+        for adapters that engines would compute differently, and names them.
         """
         pool, agreement = self.pool, self._agreement
         assert agreement is not None
@@ -96,7 +96,7 @@ class Job:
             pool,
             agreement,
             config=replace(self.config, transport=transport or self.config.transport),
-            cards=self.cards,
+            ranks=self.ranks,
             rank=self.world.rank,
             host=reachable_host(self.world.master_addr),
             name=f"sync/{len(self._broadcasters)}",
@@ -118,15 +118,15 @@ class Job:
         dropped: Callable[[Batch], None] = lambda batch: None,
         waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> Orchestrator[Batch]:
-        """What calls these on every trainer rank in step, see `Orchestrator`. Trainer ranks only, not collective.
+        """Return an `Orchestrator` that calls these in step on every trainer rank. Trainer ranks only, not collective.
 
-        `generate(batch)` returns what this rank made of a batch, numbered from 0. `train(batch)` and
-        `dropped(batch)` are handed it, `sync(version)` has the broadcaster sync. `waiting()` is entered while there
-        is nothing to do but wait for generation. A run that fails while requests are under way closes the pool.
-        Raises `ValueError` for a mode that cannot be deterministic, if that is wanted.
+        `generate(batch)` returns this rank's part of a batch, numbered from 0; `train` and `dropped` get that part,
+        and `sync(version)` lets the broadcaster sync. `waiting()` is entered while there is nothing to do but wait
+        for generation. A run that fails while requests are in flight closes the pool. Raises `ValueError` for a mode
+        that cannot be deterministic if the config demands it.
         """
         if self.config.deterministic and mode.max_staleness:
-            raise ValueError(f"deterministic engines need on_policy(): in {mode.name} mode, what meets what is chance")
+            raise ValueError(f"deterministic engines need on_policy(): in {mode.name} mode, results depend on timing")
         pool, agreement = self.pool, self._agreement
         assert agreement is not None
         return Orchestrator(
@@ -147,16 +147,16 @@ class Job:
 
 @contextmanager
 def join(config: RolloutConfig) -> Iterator[Job]:
-    """Take this rank's place in the job. Collective over all ranks of the torchrun job.
+    """Start this rank's part of the job. Collective over all ranks of the torchrun job.
 
         with rollcast.join(config) as job:
             if job.is_trainer:
                 ...
 
-    On trainer ranks it returns when all engines serve; inside, torch.distributed sees a job of the trainer
-    ranks only, so `init_process_group()`, FSDP2 and DDP work as if there were no engines. On engine ranks it
-    serves, and returns when the trainers are done. Raises `PreflightError` before anything is started if the
-    job cannot work, `EngineError` on the trainers if an engine does not start.
+    On trainer ranks the block begins when all engines serve; inside, torch.distributed sees a job of the trainer
+    ranks only, so `init_process_group()`, FSDP2 and DDP work as if there were no engines. On engine ranks it begins
+    when the trainers are done; until then they serve. Raises `PreflightError` before anything is started if the job
+    cannot work, and `EngineError` on the trainers if an engine does not start.
     """
     world = World.from_env(
         trainers=config.trainers,
@@ -166,51 +166,52 @@ def join(config: RolloutConfig) -> Iterator[Job]:
     )
     connect = partial(world.store, timeout_s=STORE_TIMEOUT_S, scope=f"join-{next(JOINS)}")
     store = connect()
-    cards = preflight(config, world, store)
-    for line in describe(cards) if world.rank == 0 else ():
+    ranks = preflight(config, world, store)
+    for line in describe(ranks) if world.rank == 0 else ():
         logger.info(line)
     with ExitStack() as stack:
         if world.is_trainer:
             stack.enter_context(narrow_to_trainers(world))
-            yield from _train(config, world, cards, connect, stack)
+            yield from _train(config, world, ranks, connect, stack)
         else:
             if world.is_leader:
-                lead(config, world, store)
+                supervise_engine(config, world, store)
             else:
-                idle(Roster(store, engines=world.engines))
-            yield Job(config=config, world=world, cards=cards, _pool=None, _agreement=None, _stack=stack)
+                lend_gpu(EngineRegistry(store, engines=world.engines))
+            yield Job(config=config, world=world, ranks=ranks, _pool=None, _agreement=None, _stack=stack)
 
 
 def _train(
-    config: RolloutConfig, world: World, cards: list[Card], connect: Callable[[], dist.Store], stack: ExitStack
+    config: RolloutConfig, world: World, ranks: list[RankInfo], connect: Callable[[], dist.Store], stack: ExitStack
 ) -> Iterator[Job]:
+    """Yield the job of a trainer rank once all engines serve, and end the job behind it."""
     # Three connections: a wait on one blocks every other user of it, whatever the thread.
-    roster = Roster(connect(), engines=world.engines)
-    watched = Roster(connect(), engines=world.engines)
+    registry = EngineRegistry(connect(), engines=world.engines)
+    watched_registry = EngineRegistry(connect(), engines=world.engines)
     agreement = Agreement(connect(), rank=world.rank, size=world.trainers)
     try:
-        addresses = roster.addresses(deadline=Deadline(config.start_timeout_s))
+        addresses = registry.addresses(deadline=Deadline(config.start_timeout_s))
         pool = Pool(
-            watched,
+            watched_registry,
             addresses,
             max_model_len=config.resolved_max_model_len(),
             rank=world.rank,
-            repeatable=Repeatable(config.seed, rank=world.rank) if config.deterministic else None,
+            deterministic=DeterministicRequests(config.seed, rank=world.rank) if config.deterministic else None,
         )
         stack.callback(pool.close)
         if config.metrics_port is not None:
             pool.metrics.serve(config.metrics_port + world.rank)
-        yield Job(config=config, world=world, cards=cards, _pool=pool, _agreement=agreement, _stack=stack)
-        # The last one out says that the job is over: engines must not stop while a trainer generates.
-        roster.finish_with(world.trainers)
+        yield Job(config=config, world=world, ranks=ranks, _pool=pool, _agreement=agreement, _stack=stack)
+        # The last trainer to leave ends the job: engines must not stop while another generates.
+        registry.finish_together(world.trainers)
     finally:
-        roster.finish()
+        registry.finish()
         if world.rank == 0:
-            _wait_for_engines(roster)
+            _wait_for_engines(registry)
 
 
-def _wait_for_engines(roster: Roster) -> None:
-    """Rank 0 may host the store, and the user's shell should not come back before the engines are gone."""
-    end = time.monotonic() + LEAVE_S
-    while not roster.all_left() and time.monotonic() < end:
+def _wait_for_engines(registry: EngineRegistry) -> None:
+    """Wait until all engines have stopped: rank 0 may host the store, and the user's shell should not return before."""
+    end = time.monotonic() + STOP_TIMEOUT_S
+    while not registry.all_stopped() and time.monotonic() < end:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Finds what would fail or hang later, and says it now (every rank, before any engine starts)."""
+"""Checks that find what would fail or hang later (every rank, before any engine starts)."""
 
 import importlib.metadata
 import importlib.util
@@ -18,7 +18,7 @@ from rollcast.comm.transport.rendezvous import reachable_host
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import PreflightError
 from rollcast.rollout.job.world import World
-from rollcast.rollout.protocol.registry import Card
+from rollcast.rollout.protocol.registry import RankInfo
 
 OLDEST_VLLM = (0, 26)
 NEWEST_VLLM = (0, 33)
@@ -37,14 +37,14 @@ def check_vllm(version: str | None) -> tuple[int, int]:
     match = re.match(r"v?(\d+)\.(\d+)(?![\d])", version.strip())
     if match is None:
         raise PreflightError(f"cannot read the vLLM version {version!r}: rollcast supports vLLM {supported}")
-    found = int(match[1]), int(match[2])
-    if not OLDEST_VLLM <= found <= NEWEST_VLLM:
+    release = int(match[1]), int(match[2])
+    if not OLDEST_VLLM <= release <= NEWEST_VLLM:
         raise PreflightError(f"vLLM {version} is installed, but rollcast supports vLLM {supported}")
-    return found
+    return release
 
 
 def installed_vllm() -> str | None:
-    """Version of the vLLM that an engine would import, without importing it; None when there is none."""
+    """Return the version of the vLLM that an engine would import, without importing it; None if there is none."""
     if importlib.util.find_spec("vllm") is None:
         return None
     for name in (*DISTRIBUTIONS, *importlib.metadata.packages_distributions().get("vllm", [])):
@@ -56,72 +56,72 @@ def installed_vllm() -> str | None:
 
 
 def check_model(config: RolloutConfig) -> None:
-    """The model folder must say what the model is, and how long a sequence may get."""
+    """Raise `PreflightError` if the model folder has no config.json, or nothing limits the length of a sequence."""
     config.model_config()
     config.resolved_max_model_len()
 
 
-def check_cards(cards: Sequence[Card], world: World, *, device: str) -> None:
-    """The ranks' machines and GPUs must fit their roles. `cards` is in rank order."""
-    for rank, card in enumerate(cards):
-        if card.problem:
-            raise PreflightError(f"rank {rank} on {card.host}: {card.problem}")
-    hosts = {card.host for card in cards}
-    for rank, card in enumerate(cards):
-        if len(hosts) > 1 and card.address.startswith("127."):
+def check_placement(ranks: Sequence[RankInfo], world: World, *, device: str) -> None:
+    """Raise `PreflightError` unless the ranks' machines and GPUs fit their roles. `ranks` is in rank order."""
+    for rank, info in enumerate(ranks):
+        if info.problem:
+            raise PreflightError(f"rank {rank} on {info.host}: {info.problem}")
+    hosts = {info.host for info in ranks}
+    for rank, info in enumerate(ranks):
+        if len(hosts) > 1 and info.address.startswith("127."):
             raise PreflightError(
-                f"rank {rank} on {card.host} has only a loopback address towards {world.master_addr}: give "
+                f"rank {rank} on {info.host} has only a loopback address towards {world.master_addr}: give "
                 "torchrun an address in --rdzv-endpoint or --master-addr that other machines can reach"
             )
     for engine in range(world.engines):
-        spanned = {cards[rank].host for rank in world.engine_ranks(engine)}
+        spanned = {ranks[rank].host for rank in world.engine_ranks(engine)}
         if len(spanned) > 1:
             raise PreflightError(
                 f"engine {engine} (ranks {_ranks(world.engine_ranks(engine))}) spans the machines "
                 f"{', '.join(sorted(spanned))}: an engine must fit in one; change trainers or ranks per machine"
             )
     if device == "cuda":
-        _check_gpus(cards, world)
+        _check_gpus(ranks, world)
 
 
-def _check_gpus(cards: Sequence[Card], world: World) -> None:
+def _check_gpus(ranks: Sequence[RankInfo], world: World) -> None:
     owner: dict[tuple[str, str], int] = {}
-    using = [(rank, card) for rank, card in enumerate(cards) if world.has_gpu(rank)]
-    for rank, card in using:
-        here = sum(other.host == card.host for _, other in using)
-        if card.gpu is None or (here > card.gpus_visible and not world.colocate):
+    using = [(rank, info) for rank, info in enumerate(ranks) if world.has_gpu(rank)]
+    for rank, info in using:
+        here = sum(other.host == info.host for _, other in using)
+        if info.gpu is None or (here > info.gpus_visible and not world.colocate):
             raise PreflightError(
-                f"not enough GPUs on {card.host}: {here} ranks, {card.gpus_visible} visible GPUs; start one rank per "
+                f"not enough GPUs on {info.host}: {here} ranks, {info.gpus_visible} visible GPUs; start one rank per "
                 "GPU (trainer and engine need one each), set colocate=True for engines on the trainers' GPUs, or use "
                 "the CPU build (make PLATFORM=cpu)"
             )
-        first = owner.setdefault((card.host, card.gpu), rank)
+        first = owner.setdefault((info.host, info.gpu), rank)
         if first != rank and not (world.colocate and first < world.trainers <= rank):
             raise PreflightError(
-                f"ranks {first} and {rank} share GPU {card.gpu} on {card.host}: NCCL cannot join two ranks on one "
+                f"ranks {first} and {rank} share GPU {info.gpu} on {info.host}: NCCL cannot join two ranks on one "
                 "GPU; start one rank per GPU and check CUDA_VISIBLE_DEVICES"
             )
     try:
-        check_settings({f"rank {rank}": card.settings for rank, card in using})
+        check_settings({f"rank {rank}": info.settings for rank, info in using})
     except PeerError as problem:
         raise PreflightError(str(problem)) from None
 
 
-def examine(config: RolloutConfig, world: World, *, device: str) -> Card:
-    """This rank's card, with what keeps the rank from taking part."""
+def inspect_rank(config: RolloutConfig, world: World, *, device: str) -> RankInfo:
+    """Return what this rank runs on, with the problem that keeps it from taking part, if there is one."""
     try:
         check_vllm(installed_vllm())
         check_model(config)
-        return this_card(world, device=device)
+        return rank_info(world, device=device)
     except PreflightError as error:
-        return Card(socket.gethostname(), None, 0, problem=str(error))
+        return RankInfo(socket.gethostname(), None, 0, problem=str(error))
 
 
-def this_card(world: World, *, device: str) -> Card:
-    """What this rank runs on."""
+def rank_info(world: World, *, device: str) -> RankInfo:
+    """Return what this rank runs on."""
     host = socket.gethostname()
     if device == "cpu" or not world.has_gpu(world.rank):
-        return Card(host, None, 0, reachable_host(world.master_addr))
+        return RankInfo(host, None, 0, reachable_host(world.master_addr))
     try:
         uuids = usable_gpus()
         gpu = uuids[world.gpu_index] if world.gpu_index < len(uuids) else None
@@ -131,11 +131,11 @@ def this_card(world: World, *, device: str) -> Card:
         raise PreflightError(str(problem)) from None
     free, used = (state.free_bytes, state.used_bytes) if state else (0, 0)
     address, settings = reachable_host(world.master_addr), nccl_settings()
-    return Card(host, gpu, len(uuids), address, settings, free_bytes=free, used_bytes=used, links=links)
+    return RankInfo(host, gpu, len(uuids), address, settings, free_bytes=free, used_bytes=used, links=links)
 
 
 def usable_gpus() -> list[str]:
-    """UUIDs of the GPUs that this process may use, in torch's order. Creates no CUDA context."""
+    """Return the UUIDs of the GPUs that this process may use, in torch's order. Creates no CUDA context."""
     return select_visible(nvml.visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
@@ -143,42 +143,42 @@ def select_visible(uuids: Sequence[str], visible: str | None) -> list[str]:
     """Apply CUDA_VISIBLE_DEVICES (indices or UUID prefixes; the first invalid entry ends the list)."""
     if visible is None:
         return list(uuids)
-    chosen: list[str] = []
+    selected: list[str] = []
     for entry in visible.split(","):
         matches = [
             u for i, u in enumerate(uuids) if entry.strip() and (entry.strip() == str(i) or u.startswith(entry.strip()))
         ]
         if not matches:
             break
-        chosen.append(matches[0])
-    return chosen
+        selected.append(matches[0])
+    return selected
 
 
-def preflight(config: RolloutConfig, world: World, store: dist.Store) -> list[Card]:
-    """Run every check. Collective: all ranks see all cards and raise the same error."""
+def preflight(config: RolloutConfig, world: World, store: dist.Store) -> list[RankInfo]:
+    """Run every check and return what each rank runs on. Collective: all ranks raise the same error."""
     device = config.resolved_device()
-    store.set(f"card/{world.rank}", msgspec.json.encode(examine(config, world, device=device)).decode())
-    cards = [msgspec.json.decode(store.get(f"card/{rank}"), type=Card) for rank in range(world.world_size)]
-    check_cards(cards, world, device=device)
-    return cards
+    store.set(f"rank/{world.rank}", msgspec.json.encode(inspect_rank(config, world, device=device)).decode())
+    ranks = [msgspec.json.decode(store.get(f"rank/{rank}"), type=RankInfo) for rank in range(world.world_size)]
+    check_placement(ranks, world, device=device)
+    return ranks
 
 
-def describe(cards: Sequence[Card]) -> list[str]:
-    """One line a rank: what it runs on, for people."""
-    return [f"rank {rank} on {card.host}: {_hardware(card, cards)}" for rank, card in enumerate(cards)]
+def describe(ranks: Sequence[RankInfo]) -> list[str]:
+    """Return one line for each rank: what it runs on."""
+    return [f"rank {rank} on {info.host}: {_hardware(info, ranks)}" for rank, info in enumerate(ranks)]
 
 
-def _hardware(card: Card, cards: Sequence[Card]) -> str:
-    if card.gpu is None:
+def _hardware(info: RankInfo, ranks: Sequence[RankInfo]) -> str:
+    if info.gpu is None:
         return "CPU"
-    used = {other.gpu for other in cards if other.host == card.host}
-    links = sorted({link for gpu, link in card.links.items() if gpu in used})
-    free, total = card.free_bytes / 1e9, (card.free_bytes + card.used_bytes) / 1e9
-    return ", ".join([card.gpu, f"{free:.0f} of {total:.0f} GB free", *(f"{link} to the others" for link in links)])
+    used = {other.gpu for other in ranks if other.host == info.host}
+    links = sorted({link for gpu, link in info.links.items() if gpu in used})
+    free, total = info.free_bytes / 1e9, (info.free_bytes + info.used_bytes) / 1e9
+    return ", ".join([info.gpu, f"{free:.0f} of {total:.0f} GB free", *(f"{link} to the others" for link in links)])
 
 
 def versions() -> dict[str, Any]:
-    """Versions that matter to a report."""
+    """Return the versions of rollcast, vLLM, torch and CUDA."""
     return {
         "rollcast": importlib.metadata.version("rollcast"),
         "vllm": installed_vllm(),

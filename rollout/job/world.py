@@ -1,4 +1,4 @@
-"""This rank's place in the job, from torchrun's environment: the only place that reads it (every rank)."""
+"""The ranks of the job and their roles, from torchrun's environment, which is read only here (every rank)."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -79,15 +79,16 @@ class World:
 
     @property
     def is_trainer(self) -> bool:
+        """Whether this rank trains."""
         return self.rank < self.trainers
 
     def has_gpu(self, rank: int) -> bool:
-        """Whether a rank uses one, where there are any."""
+        """Return whether a rank uses a GPU, where there are any."""
         return self.trainer_gpus or rank >= self.trainers
 
     @property
     def gpu_index(self) -> int:
-        """This rank's GPU among those that its machine shows it, if it has one."""
+        """Index of this rank's GPU among the visible ones of its machine, if it has one."""
         if self.is_trainer or (self.trainer_gpus and not self.colocate):
             return self.local_rank
         first = self.rank - self.local_rank
@@ -110,14 +111,14 @@ class World:
         return not self.is_trainer and (self.rank - self.trainers) % self.tensor_parallel_size == 0
 
     def engine_ranks(self, engine: int) -> range:
-        """The ranks of an engine; the first is its leader."""
+        """Return the ranks of an engine; the first is its leader."""
         first = self.trainers + engine * self.tensor_parallel_size
         return range(first, first + self.tensor_parallel_size)
 
     def store(self, *, timeout_s: float, scope: str = "launch") -> dist.Store:
-        """A new connection to the job's store: torchrun's own, or one that rank 0 hosts where torchrun has none.
+        """Open a connection to the job's store: torchrun's own, or one that rank 0 hosts where torchrun has none.
 
-        Keys of different scopes do not meet.
+        Each scope has its own keys.
         """
         store = dist.TCPStore(
             self.master_addr,
@@ -131,7 +132,7 @@ class World:
 
 
 def without_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` less torchrun's variables: with them, vLLM would take this job's ranks and store for its own."""
+    """Return `environ` without torchrun's variables, which vLLM would take for its own ranks and store."""
     return {
         name: value
         for name, value in environ.items()
@@ -141,7 +142,7 @@ def without_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def narrow_to_trainers(world: World) -> Iterator[None]:
-    """Inside, torch.distributed, accelerate and the like see a torchrun job of trainer ranks only."""
+    """Make torch.distributed, accelerate and the like see a torchrun job of trainer ranks only."""
     first_local = world.rank - world.local_rank
     before = dict(os.environ)
     os.environ["WORLD_SIZE"] = str(world.trainers)

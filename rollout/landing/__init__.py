@@ -1,4 +1,7 @@
-"""Where each byte lands in vLLM: compile its loader into a plan, apply it (worker; trainer rank 0 reads the plan)."""
+"""Where each byte lands in vLLM: its loader is compiled into a plan, which every sync applies.
+
+Runs in vLLM's workers; trainers read plans. Importing the package loads no vLLM.
+"""
 
 from rollcast.rollout.landing.plan import LandingPlan
 

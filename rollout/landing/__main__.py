@@ -1,4 +1,4 @@
-"""Prints the landing plan of a model folder; no engine and no GPU (`python -m rollcast.rollout.landing`)."""
+"""`python -m rollcast.rollout.landing`: print the landing plan of a model folder (no engine, no GPU)."""
 
 import argparse
 import json
@@ -8,11 +8,15 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from rollcast.comm import Manifest, Move, TransferPlan, build_transfer
 from rollcast.rollout.config import CPU_WEIGHTS, CPU_WEIGHTS_VARIABLE, DTYPES, RolloutConfig
+from rollcast.rollout.errors import LandingError
+from rollcast.rollout.landing.compiler import compile_landing
+from rollcast.rollout.landing.offline import OfflineModels, checkpoint_manifest, missing_architecture
 from rollcast.rollout.landing.plan import LandingPlan
 from rollcast.rollout.landing.vllm_reload import choose_cpu_layout
 
@@ -31,29 +35,30 @@ class Overview:
     manifest: Manifest
     workers: int
     plans: list[LandingPlan]
-    """Of the workers whose loaders could be followed."""
+    """Plans of the workers whose loaders could be followed."""
     transfer: TransferPlan | None
+    """None if there is no plan of every worker, or no transfer plan for them."""
     problems: list[str]
 
     def moves(self) -> list[Move]:
-        """Of all workers."""
+        """Return the moves of all workers."""
         return [move for plan in self.plans for move in plan.moves]
 
     def staged(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """By kind and reason: modules and bytes."""
-        found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+        """Return the number of modules and bytes, by kind of stage and reason."""
+        totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
         for plan in self.plans:
             sizes: dict[int | None, int] = defaultdict(int)
             for move in plan.moves:
                 sizes[move.stage] += move.nbytes
             for number, stage in enumerate(plan.stages):
-                row = found[stage.kind, _generic(stage.why[0], stage.module)]
-                row[0] += 1
-                row[1] += sizes[number]
-        return {key: (modules, nbytes) for key, (modules, nbytes) in found.items()}
+                total = totals[stage.kind, stage.reasons[0].replace(f"{stage.module}.", "")]
+                total[0] += 1
+                total[1] += sizes[number]
+        return {key: (modules, nbytes) for key, (modules, nbytes) in totals.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Moves and bytes are those of all workers together."""
+        """Return plain values, for JSON. Moves and bytes are those of all workers together."""
         moves = self.moves()
         lanes = self.transfer.lanes if self.transfer else ()
         return {
@@ -84,12 +89,6 @@ class Overview:
 
 def overview(folder: str, *, size: int, dtype: str, bucket_bytes: int, expert_parallel: bool) -> Overview:
     """Compile the plan of every tensor-parallel rank of an engine for the model."""
-    import torch
-
-    from rollcast.rollout.errors import LandingError
-    from rollcast.rollout.landing.compiler import compile_landing
-    from rollcast.rollout.landing.offline import OfflineModels, checkpoint_manifest, missing_architecture
-
     torch_dtype: torch.dtype = getattr(torch, dtype)
     settings = missing_architecture(folder) | ({"enable_expert_parallel": True} if expert_parallel else {})
     models = OfflineModels(folder, dtype=dtype, load_format="dummy", **settings)
@@ -114,9 +113,9 @@ def overview(folder: str, *, size: int, dtype: str, bucket_bytes: int, expert_pa
     return Overview(manifest, size, plans, transfer, list(dict.fromkeys(problems)))
 
 
-def show(found: Overview, console: Console) -> None:
-    """The plan as tables."""
-    facts = found.to_dict()
+def print_tables(plans: Overview, console: Console) -> None:
+    """Print the plans as tables."""
+    facts = plans.to_dict()
     total = facts["total_bytes"] or 1
     summary = Table(title="Landing plan", title_justify="left", show_header=False)
     summary.add_row("parameters", f"{facts['parameters']:,}", size_text(facts["checkpoint_bytes"]))
@@ -140,51 +139,51 @@ def show(found: Overview, console: Console) -> None:
         per_worker = size_text(lane["bytes_per_worker"])
         lanes.add_row(str(index), workers, per_worker, f"{lane['messages']:,}", str(lane["buckets"]))
     console.print(lanes)
-    for problem in found.problems:
+    for problem in plans.problems:
         console.print(f"[red]problem[/red] {problem}", highlight=False)
-    if not found.problems:
+    if not plans.problems:
         console.print("[green]no problems[/green]: every element of every loadable parameter is written exactly once")
 
 
 def size_text(nbytes: int) -> str:
-    """Decimal, with a unit that suits."""
+    """Return a number of bytes as text, in decimal units."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{nbytes} B"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
         prog="python -m rollcast.rollout.landing",
         description="Show where every byte of a model's weights lands in the workers of a vLLM engine.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--model", required=True, metavar="PATH", help="folder of a Hugging Face model (config.json)")
-    made.add_argument("--tensor-parallel-size", type=int, default=1, metavar="K", help="workers of the engine (1)")
-    made.add_argument("--enable-expert-parallel", action="store_true", help="experts are split over the workers")
-    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of engine and wire (config.json's)")
-    made.add_argument(
-        "--bucket-bytes", type=int, default=RolloutConfig.bucket_bytes, metavar="N", help="of a broadcast"
-    )
-    made.add_argument("--cpu-weights", choices=CPU_WEIGHTS, default=CPU_WEIGHTS[0], help="on CPU: vLLM's packed layout")
-    made.add_argument("--json", action="store_true", help="the last line is one JSON object instead of tables")
-    return made
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="folder of a Hugging Face model (config.json)")
+    add("--tensor-parallel-size", type=int, default=1, metavar="K", help="workers of the engine (default 1)")
+    add("--enable-expert-parallel", action="store_true", help="split whole experts over the workers")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of engine and wire (default: config.json's)")
+    add("--bucket-bytes", type=int, default=RolloutConfig.bucket_bytes, metavar="N", help="bytes of one broadcast")
+    add("--cpu-weights", choices=CPU_WEIGHTS, default=CPU_WEIGHTS[0], help="layout of linear weights on CPU")
+    add("--json", action="store_true", help="print one JSON object, as the last line, instead of tables")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; the exit status."""
-    options = parser().parse_args(arguments)
+    """Run the command and return its exit status: 1 if the plan has problems, 2 if there is none."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     if options.tensor_parallel_size < 1:
-        parser().error(f"--tensor-parallel-size must be positive, got {options.tensor_parallel_size}")
+        parser.error(f"--tensor-parallel-size must be positive, got {options.tensor_parallel_size}")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ[CPU_WEIGHTS_VARIABLE] = options.cpu_weights
     try:
         config = RolloutConfig(model=options.model, dtype=options.dtype, bucket_bytes=options.bucket_bytes)
         choose_cpu_layout()
-        found = overview(
+        plans = overview(
             options.model,
             size=options.tensor_parallel_size,
             dtype=config.resolved_dtype(),
@@ -195,14 +194,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     if options.json:
-        sys.stdout.write(json.dumps(found.to_dict()) + "\n")
+        sys.stdout.write(json.dumps(plans.to_dict()) + "\n")
     else:
-        show(found, Console())
-    return 1 if found.problems else 0
-
-
-def _generic(why: str, module: str) -> str:
-    return why.replace(f"{module}.", "")
+        print_tables(plans, Console())
+    return 1 if plans.problems else 0
 
 
 if __name__ == "__main__":

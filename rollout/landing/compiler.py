@@ -1,13 +1,13 @@
 """Compiles vLLM's loader into a `LandingPlan` (worker).
 
-`model.load_weights` runs once, on meta tensors, under a mode that notes every operation on a source or a live
+`model.load_weights` runs once, on meta tensors, under a mode that records every operation on a source or a live
 tensor. A copy from one into the other becomes a `Move`; other operations become a tape; constants become fills.
-What cannot be expressed is refused by name, never guessed.
+What a plan cannot express is refused by name, never guessed.
 """
 
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from rollcast.comm import Manifest, Move, Region
+from rollcast.comm.device.storage import tensor_id
 from rollcast.rollout.errors import LandingError
-from rollcast.rollout.landing.coverage import Elements
+from rollcast.rollout.landing.coverage import ElementSet
 from rollcast.rollout.landing.plan import Fill, LandingPlan, Stage, Target
 from rollcast.rollout.landing.post_load import derived_attention, staged_modules
 from rollcast.rollout.landing.recorder import Recorder
@@ -25,6 +26,29 @@ from rollcast.rollout.landing.tape import Op, Ref, mark_transforms
 from rollcast.rollout.landing.vllm_reload import live_tensors, load_format
 
 Loader = Callable[[Iterator[tuple[str, torch.Tensor]]], Any]
+
+
+def compile_landing(model: Any, manifest: Manifest, *, dtype: torch.dtype) -> LandingPlan:
+    """Return the plan of one vLLM worker for its model as it is. `dtype` is the engine's.
+
+    The model's weights are not touched, and it can go on serving. All workers of an engine call it (some of
+    vLLM's processing is collective). Raises `LandingError` for a loader that cannot be followed.
+    """
+    with load_format(model) as formats:
+        before = {name: tensor_id(tensor) for name, tensor in formats.tensors.items()}
+        recording = record(model.load_weights, formats.tensors, manifest)
+        rebound = [name for name, tensor in before.items() if _registered_id(model, name) != tensor]
+    plan = assemble(
+        recording,
+        formats.tensors,
+        manifest,
+        staged=staged_modules(model, formats),
+        parameters=formats.parameters,
+        shared=formats.shared,
+    )
+    refused = [f"{name}: its loader puts another tensor in its place" for name in rebound]
+    refused += _misplaced(model, plan)
+    return replace(plan, attention=tuple(derived_attention(model, dtype)), refused=tuple(refused))
 
 
 @dataclass(frozen=True)
@@ -36,16 +60,16 @@ class Recording:
 
     @cached_property
     def writers(self) -> dict[tuple[str, int | str], list[int]]:
-        """By tensor: the operations that make or change it, in order."""
-        found: dict[tuple[str, int | str], list[int]] = defaultdict(list)
+        """Tensor (kind, key) -> the operations that make or change it, in order."""
+        writers: dict[tuple[str, int | str], list[int]] = defaultdict(list)
         for index, op in enumerate(self.ops):
             for ref in (op.target, *op.results):
                 if ref is not None:
-                    found[ref.kind, ref.key].append(index)
-        return found
+                    writers[ref.kind, ref.key].append(index)
+        return writers
 
-    def what_makes(self, live: Iterable[str]) -> list[Op]:
-        """The operations that the values of these live tensors come from, in order."""
+    def producers(self, live: Iterable[str]) -> list[Op]:
+        """Return the operations that the values of these live tensors come from, in order."""
         chosen: set[int] = set()
         wanted: list[tuple[str, int | str, int]] = [("live", name, len(self.ops)) for name in live]
         while wanted:
@@ -60,27 +84,27 @@ class Recording:
 def record(load_weights: Loader, targets: Mapping[str, torch.Tensor], manifest: Manifest) -> Recording:
     """Run the loader on meta sources; `targets` (meta, by vLLM's name) are what it may write.
 
-    Raises `LandingError` naming the parameter that the loader was busy with when it did what cannot be noted.
+    Raises `LandingError` with the parameter that the loader was given last when it did what cannot be recorded.
     """
     sources: list[torch.Tensor] = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in manifest.specs]
     recorder = Recorder(sources, targets)
 
     def feed() -> Iterator[tuple[str, torch.Tensor]]:
         for index, spec in enumerate(manifest.specs):
-            recorder.shown = f"parameter {spec}"
+            recorder.current = f"parameter {spec}"
             yield spec.name, sources[index]
-        recorder.shown += ", the last one, or one that it had put aside"
+        recorder.current += ", the last one, or one that it had put aside"
 
     try:
         with torch.no_grad(), recorder:
             load_weights(feed())
     except Exception as error:
         why = str(error) or f"{type(error).__name__} without a message"
-        raise LandingError(f"vLLM's loader does not take {recorder.shown}: {why}") from error
+        raise LandingError(f"vLLM's loader does not take {recorder.current}: {why}") from error
     sources.clear()
-    if any(recorder.kept()):
+    if any(recorder.still_referenced()):
         gc.collect()
-    for kept in recorder.kept():
+    for kept in recorder.still_referenced():
         what = f"parameter {manifest.specs[kept]}" if isinstance(kept, int) else f"what it makes of {kept}"
         raise LandingError(f"vLLM's loader holds on to {what}, where only copies into parameters can be repeated")
     return Recording(tuple(recorder.ops), tuple(recorder.values))
@@ -99,16 +123,16 @@ def assemble(
 
     `targets` is in the order of the worker's memory. `staged` maps modules that vLLM processes after loading to
     the reasons; `parameters` names what must be written; `shared` maps names of tied tensors to the one in
-    `targets`.
+    `targets`. Raises `LandingError` if the order of the operations matters in a way that a plan cannot keep.
     """
-    writes: dict[str, list[int]] = defaultdict(list)
-    for index, op in enumerate(recording.ops):
+    writes: dict[str, list[Op]] = defaultdict(list)
+    for op in recording.ops:
         if op.target is not None and op.target.kind == "live":
-            writes[str(op.target.key)].append(index)
-    taped = {name for name, its in writes.items() if not all(recording.ops[index].is_plain for index in its)}
+            writes[str(op.target.key)].append(op)
+    taped = {name for name, ops in writes.items() if not all(op.moves_or_fills for op in ops)}
     taped |= {str(ref.key) for op in recording.ops for ref in op.reads() if ref.kind == "live" and ref.key in writes}
-    must = set(parameters)
-    processed = {name for name in must if _module(name) in staged}
+    required = set(parameters)
+    processed = {name for name in required if _module(name) in staged}
     modules = dict.fromkeys(_module(name) for name in targets if name in taped or name in processed)
     modules |= dict.fromkeys(_module(name) for name in shared if _module(name) in staged)
     order = {name: index for index, name in enumerate(targets)}
@@ -117,58 +141,65 @@ def assemble(
     stages: list[Stage] = []
     for number, module in enumerate(modules):
         owned = [name for name in targets if _module(name) == module and (name in processed or name in taped)]
-        its_moves, its_fills, inputs, tape = _slice(recording, set(owned), number)
+        contents = _stage_contents(recording, set(owned), number)
         first = min((order[name] for name in owned), default=0)
-        moves += [(order.get(move.target, first), move) for move in its_moves]
-        fills += its_fills
+        moves += [(order.get(move.target, first), move) for move in contents.moves]
+        fills += contents.fills
         ties = tuple((name, owner) for name, owner in shared.items() if _module(name) == module)
-        why = tuple(staged.get(module, ())) or tuple(f"{name} is computed" for name in owned)
-        stages.append(Stage(module, "staged" if module in staged else "tape", why, inputs, tape, ties))
-    for name, its in writes.items():
+        reasons = tuple(staged.get(module, ())) or tuple(f"{name} is computed" for name in owned)
+        kind = "staged" if module in staged else "tape"
+        stages.append(Stage(module, kind, reasons, contents.inputs, contents.tape, ties))
+    for name, ops in writes.items():
         if name not in taped and name not in processed:
-            ops = [recording.ops[index] for index in its]
             check_order(ops, ())
             moves += [(order[name], _move(op)) for op in ops if op.moves]
             fills += [Fill(op) for op in ops if not op.moves]
-    moves.sort(key=lambda placed: (placed[0], placed[1].region.offset))
-    described = tuple(Target(name, Region.of(tensor), name in must) for name, tensor in targets.items())
-    placed = tuple(move for _, move in moves)
-    return LandingPlan(manifest, described, placed, tuple(fills), tuple(stages), recording.values)
+    moves.sort(key=lambda entry: (entry[0], entry[1].region.offset))
+    described = tuple(Target(name, Region.of(tensor), name in required) for name, tensor in targets.items())
+    ordered = tuple(move for _, move in moves)
+    return LandingPlan(manifest, described, ordered, tuple(fills), tuple(stages), recording.values)
 
 
-def _slice(
-    recording: Recording, owned: set[str], number: int
-) -> tuple[list[Move], list[Fill], tuple[Region, ...], tuple[Op, ...]]:
-    """What concerns a stage's tensors: moves into them, constants, whole inputs, and the operations in between."""
+@dataclass(frozen=True)
+class _StageContents:
+    """The operations of a stage: moves into its tensors, constants, parts of sources, and what is computed of them."""
+
+    moves: list[Move]
+    fills: list[Fill]
+    inputs: tuple[Region, ...]
+    tape: tuple[Op, ...]
+
+
+def _stage_contents(recording: Recording, owned: set[str], number: int) -> _StageContents:
     moves: list[Move] = []
     fills: list[Fill] = []
-    inputs: dict[Ref, int] = {}
+    sources: dict[Ref, int] = {}
     tape: list[Op] = []
 
-    def received(ref: Ref) -> Ref:
+    def as_input(ref: Ref) -> Ref:
         if ref.kind != "source":
             return ref
-        index = inputs.setdefault(ref, len(inputs))
+        index = sources.setdefault(ref, len(sources))
         return Ref("input", index, replace(ref.region, offset=0))
 
-    kept = mark_transforms(recording.what_makes(owned))
-    check_order(kept, owned)
-    for op in kept:
+    ops = mark_transforms(recording.producers(owned))
+    check_order(ops, owned)
+    for op in ops:
         into_live = op.target is not None and op.target.kind == "live"
         if into_live and op.moves:
             moves.append(_move(op, stage=number))
         elif into_live and op.fills:
             fills.append(Fill(op, number))
         else:
-            tape.append(op.map(received))
-    pieces = tuple(_piece(ref.region) for ref in inputs)
-    for index, (ref, piece) in enumerate(zip(inputs, pieces, strict=True)):
-        moves.append(Move(int(ref.key), replace(piece, offset=ref.region.offset), f"input/{index}", piece, number))
-    return moves, fills, pieces, tuple(tape)
+            tape.append(op.map(as_input))
+    inputs = tuple(_input_region(ref.region) for ref in sources)
+    for index, (ref, region) in enumerate(zip(sources, inputs, strict=True)):
+        moves.append(Move(int(ref.key), replace(region, offset=ref.region.offset), f"input/{index}", region, number))
+    return _StageContents(moves, fills, inputs, tuple(tape))
 
 
-def _piece(region: Region) -> Region:
-    """The region's elements, each once and in the order of memory, in a tensor with the same strides.
+def _input_region(region: Region) -> Region:
+    """Return the region's elements, each once and in the order of memory, in a tensor with the same strides.
 
     Strides decide in which order sums are made, and so their last bits.
     """
@@ -182,68 +213,15 @@ def _move(op: Op, *, stage: int | None = None) -> Move:
     return Move(int(source.key), source.region, str(target.key), target.region, stage)
 
 
-def compile_landing(model: Any, manifest: Manifest, *, dtype: torch.dtype) -> LandingPlan:
-    """The plan of one vLLM worker, from the model as it is. `dtype` is the engine's.
+def check_order(ops: Sequence[Op], owned: Collection[str]) -> None:
+    """Raise `LandingError` if `ops`, in the loader's order, would have another outcome in the plan's order.
 
-    The model's weights are not touched, and it can go on serving. All workers of an engine call it (some of
-    vLLM's processing is collective). Raises `LandingError` for a loader that cannot be followed.
+    The plan fills first, then moves, then computes. `owned` are the live tensors that are loaded together: only
+    their values can be read.
     """
-    with load_format(model) as formats:
-        before = {name: _place(tensor) for name, tensor in formats.tensors.items()}
-        recording = record(model.load_weights, formats.tensors, manifest)
-        rebound = [name for name, place in before.items() if _registered(model, name) != place]
-    plan = assemble(
-        recording,
-        formats.tensors,
-        manifest,
-        staged=staged_modules(model, formats),
-        parameters=formats.parameters,
-        shared=formats.shared,
-    )
-    refused = [f"{name}: its loader puts another tensor in its place" for name in rebound]
-    refused += _misplaced(model, plan)
-    return replace(plan, attention=tuple(derived_attention(model, dtype)), refused=tuple(refused))
-
-
-def _registered(model: nn.Module, name: str) -> object:
-    """The place of the tensor that the model has under this name."""
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    tensor = module._parameters.get(attribute)
-    tensor = module._buffers.get(attribute) if tensor is None else tensor
-    return None if tensor is None else _place(tensor)
-
-
-def _place(tensor: torch.Tensor) -> object:
-    """Equal for tensors that are the same part of the same memory."""
-    return tensor.untyped_storage()._cdata, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
-
-
-def _misplaced(model: nn.Module, plan: LandingPlan) -> Iterator[str]:
-    """Targets of direct moves whose live tensor is laid out differently: buffers, or modules without a method."""
-    wholes = {target.name: target.whole for target in plan.targets}
-    live = live_tensors(model)
-    for name in dict.fromkeys(move.target for move in plan.moves if move.stage is None):
-        if name not in live or _layout(live[name]) != wholes[name]:
-            yield f"{name}: vLLM keeps it in another layout than it loads it"
-
-
-def _layout(tensor: torch.Tensor) -> Region:
-    return Region.of(tensor, base_offset_bytes=int(tensor.storage_offset()) * tensor.element_size())
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def check_order(ops: Sequence[Op], owned: Any) -> None:
-    """Raise `LandingError` if `ops`, in the loader's order, would have another outcome in the plan's.
-
-    `owned`: the live tensors that are loaded together. Of others nothing can be read.
-    """
-    written: dict[int | str, Elements] = defaultdict(Elements)
-    loaded: dict[int | str, Elements] = defaultdict(Elements)
-    computed: dict[int | str, Elements] = defaultdict(Elements)
+    written: dict[int | str, ElementSet] = defaultdict(ElementSet)
+    loaded: dict[int | str, ElementSet] = defaultdict(ElementSet)
+    computed: dict[int | str, ElementSet] = defaultdict(ElementSet)
     for op in ops:
         for ref in op.reads():
             if ref.kind != "live":
@@ -259,10 +237,36 @@ def check_order(ops: Sequence[Op], owned: Any) -> None:
         key, region = target.key, target.region
         if op.fills and loaded[key].overlaps(region):
             raise LandingError(f"the loader overwrites a part of {key} that it has loaded")
-        if op.is_plain and computed[key].overlaps(region):
+        if op.moves_or_fills and computed[key].overlaps(region):
             raise LandingError(f"the loader sets a part of {key} that it has computed with")
         written[key].add(region)
         if not op.fills:
             loaded[key].add(region)
-        if not op.is_plain:
+        if not op.moves_or_fills:
             computed[key].add(region)
+
+
+def _registered_id(model: nn.Module, name: str) -> object:
+    """Return the id of the tensor that the model has under this name; None if it has none."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = module._parameters.get(attribute)
+    tensor = module._buffers.get(attribute) if tensor is None else tensor
+    return None if tensor is None else tensor_id(tensor)
+
+
+def _misplaced(model: nn.Module, plan: LandingPlan) -> Iterator[str]:
+    """Describe direct moves into live tensors that have another layout: buffers, or modules without a method."""
+    wholes = {target.name: target.whole for target in plan.targets}
+    live = live_tensors(model)
+    for name in dict.fromkeys(move.target for move in plan.moves if move.stage is None):
+        if name not in live or _layout(live[name]) != wholes[name]:
+            yield f"{name}: vLLM keeps it in another layout than it loads it"
+
+
+def _layout(tensor: torch.Tensor) -> Region:
+    return Region.of(tensor, base_offset_bytes=int(tensor.storage_offset()) * tensor.element_size())
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

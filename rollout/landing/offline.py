@@ -1,7 +1,7 @@
 """vLLM's model of a folder without an engine: one process stands in for any tensor-parallel rank.
 
-Used to print a landing plan, and to compare landings with fresh loads. One per process: vLLM's distributed state
-is global.
+(Not vLLM's "offline inference".) For printing a landing plan, and for comparing landings with fresh loads. One
+process works on one engine's models at a time: vLLM's distributed state is global.
 """
 
 import json
@@ -12,10 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError, safe_open
 
 from rollcast.comm import Manifest, ParamSpec
 from rollcast.rollout.errors import PreflightError
-from rollcast.rollout.landing.vllm_reload import forget_values
+from rollcast.rollout.landing.vllm_reload import move_to_meta
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+Specs = list[tuple[str, tuple[int, ...], torch.dtype]]
 
 
 class OfflineModels:
@@ -38,20 +57,20 @@ class OfflineModels:
             init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
 
-    def config(self, folder: str | Path, *, size: int, **more: Any) -> Any:
-        """vLLM's configuration for the model."""
+    def config(self, folder: str | Path, *, size: int, **settings: Any) -> Any:
+        """Return vLLM's configuration of the model for `size` tensor-parallel workers."""
         from vllm import EngineArgs
 
-        settings: dict[str, Any] = {"enforce_eager": True, "skip_tokenizer_init": True}
-        settings |= self._settings | more
-        config = EngineArgs(model=str(folder), **settings).create_engine_config()
+        arguments: dict[str, Any] = {"enforce_eager": True, "skip_tokenizer_init": True}
+        arguments |= self._settings | settings
+        config = EngineArgs(model=str(folder), **arguments).create_engine_config()
         # Afterwards: vLLM would look for as many devices.
         config.parallel_config.tensor_parallel_size = size
         config.model_config.verify_with_parallel_config(config.parallel_config)
         return config
 
     def build(self, folder: str | Path, *, rank: int = 0, size: int = 1) -> Any:
-        """The model before anything is loaded. Its parameters are on meta; what else it has, is there.
+        """Return the model before anything is loaded: parameters on meta, everything else on the host.
 
         Raises `PreflightError` if vLLM cannot split it among `size` workers.
         """
@@ -59,11 +78,11 @@ class OfflineModels:
         # On the host, where untouched memory takes none: on meta, models that compute tables would fail.
         with self._as_rank(rank, size, config), _default_dtype(config.model_config.dtype), torch.device("cpu"):
             model = _initialize(config, f"{folder} as worker {rank} of {size}")
-        forget_values(model)
+        move_to_meta(model)
         return model
 
     def load(self, folder: str | Path, *, rank: int = 0, size: int = 1, **settings: Any) -> Any:
-        """The model with the folder's weights, processed as in an engine."""
+        """Return the model with the folder's weights, processed as in an engine."""
         from vllm.model_executor.model_loader import get_model
 
         config = self.config(folder, size=size, **settings)
@@ -72,7 +91,7 @@ class OfflineModels:
 
     @contextmanager
     def as_rank(self, folder: str | Path, *, rank: int, size: int, **settings: Any) -> Iterator[Any]:
-        """Inside, loaders and processing take this process for the rank. Yields vLLM's configuration."""
+        """Make loaders and processing take this process for the rank. Yields vLLM's configuration."""
         config = self.config(folder, size=size, **settings)
         with self._as_rank(rank, size, config):
             yield config
@@ -95,6 +114,27 @@ class OfflineModels:
                 group.rank_in_group, group.world_size, group.ranks = before
 
 
+def missing_architecture(folder: str | Path) -> dict[str, Any]:
+    """Return vLLM's setting for a config.json that names no architecture: vLLM would find no language model in it."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    known: Any = transformers.AutoModelForCausalLM._model_mapping
+    if config.architectures or type(config) not in known:
+        return {}
+    return {"hf_overrides": {"architectures": [known[type(config)].__name__]}}
+
+
+def checkpoint_manifest(folder: str | Path, *, dtype: torch.dtype | None = None) -> Manifest:
+    """Return what a trainer of this folder's model would send: from its weight files, or from config.json alone.
+
+    `dtype` replaces that of all floating-point parameters. Raises `PreflightError` for files that cannot be read.
+    """
+    files = _weight_files(Path(folder))
+    specs = _specs_of_files(files) if files else _specs_of_config(folder)
+    return Manifest(
+        tuple(ParamSpec(name, shape, dtype if dtype and own.is_floating_point else own) for name, shape, own in specs)
+    )
+
+
 def _initialize(config: Any, what: str) -> Any:
     from vllm.model_executor.model_loader.utils import initialize_model
 
@@ -105,52 +145,28 @@ def _initialize(config: Any, what: str) -> Any:
         raise PreflightError(f"vLLM cannot build {what}: {why}") from error
 
 
-def missing_architecture(folder: str | Path) -> dict[str, Any]:
-    """Settings for a config.json that names no architecture, which vLLM would take for no language model."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    known: Any = transformers.AutoModelForCausalLM._model_mapping
-    if config.architectures or type(config) not in known:
-        return {}
-    return {"hf_overrides": {"architectures": [known[type(config)].__name__]}}
-
-
-def checkpoint_manifest(folder: str | Path, *, dtype: torch.dtype | None = None) -> Manifest:
-    """What a trainer of this folder's model would send: from the weight files, or from the configuration alone."""
-    files = _weight_files(Path(folder))
-    specs = _specs_of_files(files) if files else _specs_of_config(folder)
-    return Manifest(
-        tuple(ParamSpec(name, shape, dtype if dtype and its.is_floating_point else its) for name, shape, its in specs)
-    )
-
-
 def _weight_files(folder: Path) -> list[Path]:
-    """Those of the index, if there is one: a folder may hold the weights twice."""
+    """Return the files of the index, if there is one: a folder may hold the weights twice."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     return sorted(folder.glob("*.safetensors"))
 
 
-def _specs_of_files(files: list[Path]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    from safetensors import SafetensorError, safe_open
-
-    specs: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+def _specs_of_files(files: list[Path]) -> Specs:
+    specs: Specs = []
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (no mapping)
                     part = tensors.get_slice(name)
-                    specs.append((name, tuple(part.get_shape()), _DTYPES[part.get_dtype()]))
+                    specs.append((name, tuple(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()]))
         except (OSError, SafetensorError) as error:
             raise PreflightError(f"{file} cannot be read: {error}") from error
     return specs
 
 
-def _specs_of_config(folder: str | Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    import transformers
-
+def _specs_of_config(folder: str | Path) -> Specs:
     if not Path(folder, "config.json").is_file():
         raise PreflightError(f"{folder} has no config.json: pass the folder of a Hugging Face model")
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -163,22 +179,6 @@ def _specs_of_config(folder: str | Path) -> list[tuple[str, tuple[int, ...], tor
         for name, tensor in model.state_dict().items()
         if name not in tied
     ]
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @contextmanager

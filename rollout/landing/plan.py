@@ -1,8 +1,9 @@
-"""Where each byte of the manifest lands in a vLLM worker: the plan, as data (worker; trainer rank 0 reads it).
+"""The landing plan: where each byte of the manifest lands in a vLLM worker, as data.
 
     python -m rollcast.rollout.landing --model PATH     # prints the plan of a model
 
-`compiler.py` makes a plan by running vLLM's own loader once; `live.py` carries it out at every sync.
+A worker makes it: `compiler.py` runs vLLM's own loader once, and `apply.py` carries the plan out at every sync.
+Trainers receive it as bytes and make a `TransferPlan` of its moves.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import msgspec
 import torch
 
 from rollcast.comm import Manifest, Move, Region
-from rollcast.rollout.landing.coverage import Relatives, coverage
+from rollcast.rollout.landing.coverage import MissingParameters, coverage
 from rollcast.rollout.landing.tape import Op, Ref, from_plain, to_plain
 
 
@@ -35,34 +36,38 @@ class Stage:
     """A module whose weights are not simply copied."""
 
     module: str
-    """vLLM's path of it."""
+    """vLLM's path of the module."""
     kind: str
-    """"tape": operations make its weights from what arrives. "staged": vLLM processes them after loading."""
-    why: tuple[str, ...]
+    """"tape": operations compute its weights from what arrives. "staged": vLLM processes them after loading."""
+    reasons: tuple[str, ...]
     inputs: tuple[Region, ...] = ()
-    """Whole pieces of sources that the operations read; moves name them `input/0`, `input/1`, ..."""
+    """Parts of sources that the operations read; moves name them `input/0`, `input/1`, ..."""
     tape: tuple[Op, ...] = ()
-    """Carried out when all moves have arrived."""
+    """Replayed when all moves have arrived."""
     shares: tuple[tuple[str, str], ...] = ()
-    """(own tensor, the live tensor whose memory it is): tied weights."""
+    """(own tensor, live tensor that shares its memory): tied weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """The loader sets a region to a constant (padding) before it loads the rest."""
+    """A region that the loader sets to a constant (padding) before it loads the rest."""
 
     op: Op
     stage: int | None = None
-    """The stage whose tensor it is. None: a live tensor, written once and not at every sync."""
+    """Index of the stage whose tensor it is; None for a live tensor."""
 
     @property
     def target(self) -> Ref:
+        """The region that is set."""
         return self.op.args[0]
 
 
 @dataclass(frozen=True, eq=False)
 class LandingPlan:
-    """All moves of one worker, in the order of its memory, and what is done when they have arrived."""
+    """All moves of one worker, in the order of its memory, and what is done when they have arrived.
+
+    Workers with equal digests receive the same bytes: they share a lane.
+    """
 
     manifest: Manifest
     targets: tuple[Target, ...]
@@ -72,36 +77,39 @@ class LandingPlan:
     values: tuple[torch.Tensor, ...] = ()
     """Constants of the loader."""
     attention: tuple[str, ...] = ()
-    """Attention layers that make weights of their own from others (MLA): processed when all has arrived."""
+    """Attention layers that compute weights of their own from others (MLA): processed when everything has arrived."""
     refused: tuple[str, ...] = ()
     """What cannot be expressed, each naming a parameter or module."""
 
     def check(self) -> list[str]:
-        """Problems, each naming a parameter: elements not written exactly once, and what cannot be expressed."""
+        """Return the problems, each naming a tensor.
+
+        Elements that are not written exactly once, casts that lose the numbers, and what cannot be expressed.
+        """
         written, filled = self._writes()
         problems = list(self.refused)
-        relatives = Relatives(self.moves, self.manifest)
+        missing = MissingParameters(self.moves, self.manifest)
         for target in self.targets:
             if not target.loadable and not written[target.name]:
                 continue
             if problem := coverage(target.whole, written[target.name], filled[target.name]):
-                problems.append(f"{target.name}: {problem}{relatives.left_out(target.name)}")
-        return problems + list(dict.fromkeys(self._unfit()))
+                problems.append(f"{target.name}: {problem}{missing.hint(target.name)}")
+        return problems + list(dict.fromkeys(self._lossy_casts()))
 
     @property
     def unused(self) -> list[int]:
-        """Parameters of the manifest that this worker keeps nothing of: remote experts, or a mistake."""
+        """Indices of the parameters of which this worker keeps nothing: remote experts, or a mistake."""
         used = {move.param for move in self.moves}
         return [index for index, spec in enumerate(self.manifest.specs) if index not in used and spec.numel]
 
     @cached_property
     def digest(self) -> str:
-        """Hexadecimal SHA-256 of all but the reasons in words. Workers with equal digests share a lane."""
-        wordless = replace(self, stages=tuple(replace(stage, why=()) for stage in self.stages))
-        return hashlib.sha256(wordless.to_bytes()).hexdigest()
+        """Hexadecimal SHA-256 of everything but the reasons, which are text for people."""
+        without_reasons = replace(self, stages=tuple(replace(stage, reasons=()) for stage in self.stages))
+        return hashlib.sha256(without_reasons.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The plan as msgpack."""
+        """Return the plan as msgpack."""
         return msgspec.msgpack.encode(
             {
                 "manifest": self.manifest.to_bytes(),
@@ -117,7 +125,7 @@ class LandingPlan:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "LandingPlan":
-        """Inverse of `to_bytes`."""
+        """Return the plan that `to_bytes` has encoded."""
         plain = msgspec.msgpack.decode(data)
         return cls(
             manifest=Manifest.from_bytes(plain["manifest"]),
@@ -130,15 +138,15 @@ class LandingPlan:
             refused=tuple(plain["refused"]),
         )
 
-    def _unfit(self) -> Iterator[str]:
-        """Copies between kinds of numbers: vLLM's loaders make them without a word, and garbage with them."""
+    def _lossy_casts(self) -> Iterator[str]:
+        """Describe moves between kinds of numbers: vLLM's loaders cast silently, and garbage comes out."""
         for move in self.moves:
-            wire, kept = move.source.dtype, move.region.dtype
-            if _kind(wire) != _kind(kept):
-                yield f"{move.target}: the trainer's {self.manifest.specs[move.param]} does not fit into {kept}"
+            wire, live = move.source.dtype, move.region.dtype
+            if _number_kind(wire) != _number_kind(live):
+                yield f"{move.target}: the trainer's {self.manifest.specs[move.param]} does not fit into {live}"
 
     def _writes(self) -> tuple[dict[str, list[Region]], dict[str, list[Region]]]:
-        """By target: regions that get weights, and regions that are set to constants."""
+        """Return, by target, the regions that get weights and the regions that are set to constants."""
         written: dict[str, list[Region]] = defaultdict(list)
         filled: dict[str, list[Region]] = defaultdict(list)
         for move in self.moves:
@@ -155,8 +163,8 @@ class LandingPlan:
         return written, filled
 
 
-def _kind(dtype: torch.dtype) -> object:
-    """Casts are harmless within a kind. Eight-bit floats are quantised values, whose scales travel beside them."""
+def _number_kind(dtype: torch.dtype) -> object:
+    """Return equal values for dtypes between which casts make sense; 8-bit floats are quantized, with scales beside."""
     return dtype if dtype.is_floating_point and dtype.itemsize == 1 else dtype.is_floating_point
 
 
@@ -170,9 +178,9 @@ def _decode_move(plain: list[Any]) -> Move:
 
 
 def _encode_stage(stage: Stage) -> list[Any]:
-    return [stage.module, stage.kind, stage.why, to_plain(stage.inputs), to_plain(stage.tape), stage.shares]
+    return [stage.module, stage.kind, stage.reasons, to_plain(stage.inputs), to_plain(stage.tape), stage.shares]
 
 
 def _decode_stage(plain: list[Any]) -> Stage:
-    module, kind, why, inputs, tape, shares = plain
-    return Stage(module, kind, tuple(why), from_plain(inputs), from_plain(tape), from_plain(shares))
+    module, kind, reasons, inputs, tape, shares = plain
+    return Stage(module, kind, tuple(reasons), from_plain(inputs), from_plain(tape), from_plain(shares))

@@ -1,4 +1,4 @@
-"""Which modules vLLM processes after loading, so that copying into their live tensors is not enough (worker)."""
+"""Finds modules that vLLM processes after loading, so that copying into their live tensors is not enough (worker)."""
 
 import types
 from collections.abc import Iterator, Mapping
@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rollcast.comm.device.checksum import checksum
-from rollcast.comm.device.storage import flat_bytes
+from rollcast.comm.device.storage import flat_bytes, storage_id, tensor_id
 from rollcast.rollout.landing.vllm_reload import (
     LoadFormat,
     attention_layers,
-    is_processed,
+    has_quant_method,
     materialize,
-    process,
-    wearing,
+    process_weights,
+    swapped_parameters,
 )
 
 aten = torch.ops.aten
@@ -29,62 +29,66 @@ TENSOR_DICTS = frozenset({"_parameters", "_buffers", "_modules", "_non_persisten
 
 
 def staged_modules(model: nn.Module, formats: LoadFormat) -> dict[str, tuple[str, ...]]:
-    """The modules that must be processed after each sync, with the reasons.
+    """Return the modules, by path, that must be processed after each sync, with the reasons.
 
-    A module is tried on random weights: processing must read nothing, change nothing, replace nothing and leave
-    nothing behind that could hold a copy. Modules of the same make are tried once.
+    A module is tried on random weights: processing must read nothing, change nothing, replace nothing and set no
+    attribute that could hold a copy. Modules of equal configuration are tried once.
     """
     staged: dict[str, tuple[str, ...]] = {}
     tried: dict[object, tuple[str, ...]] = {}
     modules = dict(model.named_modules())
     for path, tensors in formats.modules.items():
         module = modules[path]
-        if not is_processed(module):
+        if not has_quant_method(module):
             continue
         reasons = tuple(_layout_reasons(module, tensors))
         if not _is_known_plain(module):
-            make = _make(module, tensors)
-            if make not in tried:
-                tried[make] = tuple(dict.fromkeys(_try_processing(module, tensors)))
-            reasons += tried[make]
+            key = _configuration(module, tensors)
+            if key not in tried:
+                tried[key] = tuple(dict.fromkeys(_try_processing(module, tensors)))
+            reasons += tried[key]
         if reasons:
             staged[path] = reasons
     return staged
 
 
 def derived_attention(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Attention layers that hold something computed from weights; it must be computed again after each sync."""
+    """Return attention layers, by path, that hold something computed from weights (again after each sync)."""
     live = {name: tensor for name, tensor in model.named_parameters() if not tensor.is_meta}
     derived: list[str] = []
     for path, layer in attention_layers(model).items() if live else ():
-        with _restored(layer), _restored(getattr(layer, "impl", None)), torch.no_grad(), Taint(live) as taint:
+        implementation = getattr(layer, "impl", None)
+        with _restored(layer), _restored(implementation), torch.no_grad(), AccessTracker(live) as tracker:
             layer.process_weights_after_loading(dtype)
-        if taint.reads:
+        if tracker.accesses:
             derived.append(path)
     return derived
 
 
-class Taint(TorchDispatchMode):
-    """Notes what reads or changes the data of the given tensors. Views, and copies onto itself, do neither."""
+class AccessTracker(TorchDispatchMode):
+    """Records operations that read or change the data of the given tensors.
+
+    Views do neither, nor does the copy of a tensor onto itself.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.reads: list[str] = []
-        self._names = {_storage(tensor): name for name, tensor in tensors.items() if tensor.numel()}
+        self.accesses: list[str] = []
+        self._names = {storage_id(tensor): name for name, tensor in tensors.items() if tensor.numel()}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         known = [leaf for leaf in tree_leaves((args, kwargs)) if self._is_known(leaf)]
         outcome = func(*args, **(kwargs or {}))
-        if known and not (func is aten.copy_.default and _same_place(args[0], args[1])):
+        if known and not (func is aten.copy_.default and tensor_id(args[0]) == tensor_id(args[1])):
             results = [leaf for leaf in tree_leaves(outcome) if isinstance(leaf, torch.Tensor)]
             if func._schema.is_mutable or not results or not all(self._is_known(result) for result in results):
-                self.reads.append(f"{self._names[_storage(known[0])]} is used by {func}")
+                self.accesses.append(f"{self._names[storage_id(known[0])]} is used by {func}")
         return outcome
 
     def _is_known(self, leaf: Any) -> bool:
-        return isinstance(leaf, torch.Tensor) and _storage(leaf) in self._names
+        return isinstance(leaf, torch.Tensor) and storage_id(leaf) in self._names
 
 
 def _layout_reasons(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
@@ -102,48 +106,50 @@ def _is_known_plain(module: Any) -> bool:
     return current_platform.is_cuda() and type(module.quant_method).__name__ in PLAIN_ON_CUDA
 
 
-def _make(module: Any, tensors: Mapping[str, torch.Tensor]) -> object:
+def _configuration(module: Any, tensors: Mapping[str, torch.Tensor]) -> object:
+    """Return a key that is equal for modules that vLLM processes in the same way."""
     layouts = tuple((name, tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in tensors.items())
     settings = {**vars(module), **vars(module.quant_method)}.items()
-    plain = tuple(sorted((name, value) for name, value in settings if isinstance(value, bool)))
-    return type(module), type(module.quant_method), layouts, plain
+    flags = tuple(sorted((name, value) for name, value in settings if isinstance(value, bool)))
+    return type(module), type(module.quant_method), layouts, flags
 
 
 def _try_processing(module: Any, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Process the module with random weights; yield everything that copying into live tensors would not do."""
     device = next((tensor.device for tensor in module.parameters() if not tensor.is_meta), torch.device("cpu"))
     scratch = {name: materialize(tensor, device) for name, tensor in tensors.items()}
     for tensor in scratch.values():
         _randomize(tensor)
     before = {name: checksum(flat_bytes(tensor)) for name, tensor in scratch.items()}
     method = module.quant_method
-    with _restored(module), _restored(method), wearing(module, scratch):
+    with _restored(module), _restored(method), swapped_parameters(module, scratch):
         layer_state, method_state = dict(vars(module)), dict(vars(method))
         try:
-            with torch.no_grad(), Taint(scratch) as taint:
-                process(module)
+            with torch.no_grad(), AccessTracker(scratch) as tracker:
+                process_weights(module)
         except Exception as error:
             yield f"processing it fails on random weights: {error}"
             return
-        yield from taint.reads
+        yield from tracker.accesses
         # Kernels that are no torch operations go unseen: look at what has changed, too.
         for name, tensor in scratch.items():
             after = module._parameters.get(name)
-            if after is None or not _same_place(after, tensor):
+            if after is None or tensor_id(after) != tensor_id(tensor):
                 yield f"{name} is replaced"
             elif checksum(flat_bytes(tensor)) != before[name]:
                 yield f"{name} is changed"
-        yield from _left_behind("layer", layer_state, vars(module))
-        yield from _left_behind("method", method_state, vars(method))
+        yield from _new_attributes("layer", layer_state, vars(module))
+        yield from _new_attributes("method", method_state, vars(method))
 
 
-def _left_behind(owner: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+def _new_attributes(owner: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
     for name, value in after.items():
         if name not in TENSOR_DICTS and before.get(name, before) is not value and not _is_harmless(value):
             yield f"{owner}.{name} is set"
 
 
 def _is_harmless(value: Any) -> bool:
-    """Whether it cannot hold a copy of the weights."""
+    """Return whether the value cannot hold a copy of the weights."""
     if isinstance(value, types.FunctionType):
         return not (value.__closure__ or value.__defaults__ or value.__kwdefaults__)
     plain = bool | int | float | str | torch.dtype | torch.device | types.BuiltinFunctionType
@@ -151,18 +157,18 @@ def _is_harmless(value: Any) -> bool:
 
 
 @contextmanager
-def _restored(thing: Any) -> Iterator[None]:
-    """Put attributes, parameters and buffers back that change inside."""
-    places = [vars(thing)] if thing is not None else []
-    if isinstance(thing, nn.Module):
-        places += [thing._parameters, thing._buffers]
-    states = [dict(place) for place in places]
+def _restored(owner: Any) -> Iterator[None]:
+    """Restore the owner's attributes, parameters and buffers on exit."""
+    containers = [vars(owner)] if owner is not None else []
+    if isinstance(owner, nn.Module):
+        containers += [owner._parameters, owner._buffers]
+    states = [dict(container) for container in containers]
     try:
         yield
     finally:
-        for place, state in zip(places, states, strict=True):
-            place.clear()
-            place.update(state)
+        for container, state in zip(containers, states, strict=True):
+            container.clear()
+            container.update(state)
 
 
 def _randomize(tensor: torch.Tensor) -> None:
@@ -173,14 +179,3 @@ def _randomize(tensor: torch.Tensor) -> None:
             tensor.data.copy_(torch.randn(tensor.shape, device=tensor.device))
         else:
             tensor.data.zero_()
-
-
-def _same_place(first: torch.Tensor, second: torch.Tensor) -> bool:
-    def place(tensor: torch.Tensor) -> object:
-        return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-
-    return place(first) == place(second)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""Batches that are generated while something else goes on: one thread each (trainer)."""
+"""Generation of batches in the background, one thread each (trainer)."""
 
 import logging
 import threading
@@ -10,12 +10,12 @@ from rollcast.comm import Deadline
 
 logger = logging.getLogger(__name__)
 
-# Less than a trainer has after Ctrl-C.
+# Less than the time that torchrun gives a trainer after Ctrl-C.
 LEAVE_S = 3.0
 
 
 class Versioned(Protocol):
-    """What a rank has generated for a batch."""
+    """A rank's part of a generated batch."""
 
     @property
     def oldest_version(self) -> int:
@@ -26,25 +26,25 @@ class Versioned(Protocol):
 Batch = TypeVar("Batch", bound=Versioned)
 
 
-class Background(Generic[Batch]):
-    """Calls `generate(batch)` in threads; `cancel` ends the calls under way when nobody wants them any more.
+class BackgroundGeneration(Generic[Batch]):
+    """Calls `generate(batch)` in threads; `cancel` ends the calls that are still running at the end.
 
-    with Background(generate, cancel) as background:
-        background.start(0)
-        background.wait(timeout_s=1.0)
-        background.oldest()     # {0: 7}: batch 0 is there, its oldest token is of version 7
-        background.take(0)
+    with BackgroundGeneration(generate, cancel) as generation:
+        generation.start(0)
+        generation.wait(timeout_s=1.0)
+        generation.oldest()     # {0: 7}: batch 0 is generated, its oldest token is of version 7
+        generation.take(0)
     """
 
     def __init__(self, generate: Callable[[int], Batch], cancel: Callable[[], None]) -> None:
         self._generate = generate
         self._cancel = cancel
         self._threads: dict[int, threading.Thread] = {}
-        self._made: dict[int, tuple[Batch, int]] = {}
-        self._news = threading.Condition()
-        self._untold = False
+        self._finished: dict[int, tuple[Batch, int]] = {}
+        self._changed = threading.Condition()
+        self._unseen = False
         self.error: BaseException | None = None
-        """The first that a call raised."""
+        """The first error that a call raised."""
 
     def __enter__(self) -> Self:
         return self
@@ -52,7 +52,7 @@ class Background(Generic[Batch]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave no thread behind, whatever happened."""
+        """End all threads; log those that do not end in time."""
         alive = [batch for batch, thread in self._threads.items() if thread.is_alive()]
         if alive:
             self._cancel()
@@ -63,42 +63,42 @@ class Background(Generic[Batch]):
                 logger.warning("generating batch %d did not end within %g s", batch, LEAVE_S)
 
     def start(self, batch: int) -> None:
-        """Begin to generate a batch."""
-        # A daemon, for a call that no `cancel` can end must not keep the process.
+        """Start to generate a batch."""
+        # A daemon: a call that `cancel` cannot end must not keep the process alive.
         thread = threading.Thread(target=self._run, args=(batch,), name=f"rollcast-generate-{batch}", daemon=True)
         self._threads[batch] = thread
         thread.start()
 
     def wait(self, timeout_s: float) -> None:
-        """Wait for news since the last `oldest`; not at all if no call is under way, for then there will be none."""
-        with self._news:
-            self._news.wait_for(lambda: self._untold or len(self._made) == len(self._threads), timeout_s)
+        """Wait until a call has ended since the last `oldest`. Returns at once if no call is running."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._unseen or len(self._finished) == len(self._threads), timeout_s)
 
     def oldest(self) -> dict[int, int]:
-        """Of every batch that is there and was not taken: the version of its oldest token."""
-        with self._news:
-            self._untold = False
-            return {batch: oldest for batch, (_, oldest) in self._made.items()}
+        """Return the batches that are generated and not taken, with the version of their oldest token."""
+        with self._changed:
+            self._unseen = False
+            return {batch: oldest for batch, (_, oldest) in self._finished.items()}
 
     def take(self, batch: int) -> Batch:
-        """Hand out a batch that is there."""
+        """Return a batch that is generated, and forget it."""
         self._threads.pop(batch).join()
-        with self._news:
-            return self._made.pop(batch)[0]
+        with self._changed:
+            return self._finished.pop(batch)[0]
 
     def _run(self, batch: int) -> None:
         try:
-            made = self._generate(batch)
-            result = made, made.oldest_version
+            part = self._generate(batch)
+            result = part, part.oldest_version
         except BaseException as error:
-            with self._news:
+            with self._changed:
                 self.error = self.error or error
-                self._tell()
+                self._notify()
         else:
-            with self._news:
-                self._made[batch] = result
-                self._tell()
+            with self._changed:
+                self._finished[batch] = result
+                self._notify()
 
-    def _tell(self) -> None:
-        self._untold = True
-        self._news.notify()
+    def _notify(self) -> None:
+        self._unseen = True
+        self._changed.notify()

@@ -1,27 +1,27 @@
-"""Drives generate, train and sync in one of three modes, on all trainer ranks alike (trainer)."""
+"""The orchestrator: runs generate, train and sync in one of three modes, in step on all trainer ranks (trainer)."""
 
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, TypeVar
 
 import msgspec
 
 from rollcast.comm import Deadline
-from rollcast.comm.agreement import Agreement, unanimous
+from rollcast.comm.agreement import Agreement, Verdict, unanimous
 from rollcast.rollout.errors import OrchestratorError
-from rollcast.rollout.orchestrator.generation import Background, Batch
+from rollcast.rollout.orchestrator.generation import BackgroundGeneration, Batch
 from rollcast.rollout.orchestrator.schedule import (
     Action,
-    Begun,
     Drop,
     Event,
     Generate,
     Generated,
     Mode,
     Phase,
+    Started,
     State,
     Sync,
     Synced,
@@ -29,43 +29,48 @@ from rollcast.rollout.orchestrator.schedule import (
     Trained,
 )
 
-# A rank that waits for its own generation looks this often at what the others have.
+# How often a rank that waits for its own generation compares its progress with the other ranks.
 POLL_S = 0.05
 
+T = TypeVar("T")
 
-class Word(msgspec.Struct, frozen=True):
-    """What a rank knows of generation, and what rank 0 makes of all of them."""
+
+class Progress(msgspec.Struct, frozen=True):
+    """The progress of generation, on one rank or on all of them together."""
 
     oldest: dict[int, int] = {}
-    """Batches that are there, and the version of their oldest token."""
+    """Batches that are generated, with the version of their oldest token."""
     error: str = ""
+    """What a rank raised; empty if none did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of the batches of a run: every one that was begun was trained on or dropped."""
+    """The result of a run. Every batch that was started was trained on or dropped."""
 
     trained: int
+    """Batches trained on."""
     dropped: int
+    """Batches dropped."""
     version: int
-    """What the engines serve."""
+    """Policy version that the engines serve."""
 
 
 class Orchestrator(Generic[Batch]):
-    """Generates, trains and syncs, as far at the same time as the mode allows.
+    """Generates, trains and syncs, overlapping as far as the mode allows.
 
         orchestrator = job.orchestrator(
             rollcast.async_(max_staleness=2),
-            generate=generate,      # batch number -> what this rank made of it, with an `oldest_version`
-            train=train,            # is handed that on every rank at the same time
+            generate=generate,      # batch number -> this rank's part of the batch, with an `oldest_version`
+            train=train,            # gets that part, on every rank at the same time
             sync=lambda version: broadcaster.sync(version=version),
         )
         orchestrator.run(steps=1000)
 
     `generate` is called in a thread of its own, for several batches at a time in async mode, and must not be
     collective. `train`, `sync` and `dropped` are called by the thread that calls `run`, in the same order on every
-    rank, so they may be. What is done next hangs on what all ranks have told each other and on nothing else: a
-    batch counts as generated when every rank has it, and is as old as its oldest token on any of them.
+    rank, so they may be. Each decision depends only on progress that all ranks have exchanged: a batch counts as
+    generated when every rank has it, and is as old as its oldest token on any of them.
     """
 
     def __init__(
@@ -101,91 +106,81 @@ class Orchestrator(Generic[Batch]):
         """Train on `steps` batches, each followed by a sync. Collective over the trainer ranks.
 
         What a rank's `generate`, `train`, `sync` or `dropped` raises is raised on that rank, and as
-        `OrchestratorError` on the others when they next look for a batch. Requests under way end then, and no thread
+        `OrchestratorError` on the others when they next exchange progress. Requests in flight end then, and no thread
         is left. Raises `ValueError` for bad input and `OrchestratorError` when a rank does not come in time.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         state = State(mode=self._mode, steps=steps, version=self._version())
-        with Background(self._generate, self._cancel) as background:
+        with BackgroundGeneration(self._generate, self._cancel) as generation:
             try:
-                self._begin(state)
-                self._drive(state, background)
+                self._agree_to_start(state)
+                self._drive(state, generation)
             except OrchestratorError:
                 raise
             except Exception as error:
-                # The others may be on their way to the next round; the store may be what has failed.
+                # The other ranks may be about to exchange progress; the store may be what has failed.
                 with contextlib.suppress(RuntimeError):
-                    self._agreement.leave(next(self._topics), _encode(Word(error=self._words(error))))
+                    self._agreement.leave(next(self._topics), Progress(error=self._describe(error)))
                 raise
         return Outcome(trained=state.taken, dropped=state.dropped, version=state.version)
 
-    def _begin(self, state: State) -> None:
+    def _agree_to_start(self, state: State) -> None:
         verdict = self._decide(f"{state.mode} for {state.steps} steps from version {state.version}", unanimous)
-        if "did not come" in verdict:
-            raise OrchestratorError(f"the run did not start: {verdict} (trainer_timeout_s)")
-        if verdict:
-            raise ValueError(verdict)
+        if verdict.late_rank is not None:
+            raise OrchestratorError(f"the run did not start: {verdict.error} (trainer_timeout_s)")
+        if verdict.error:
+            raise ValueError(verdict.error)
 
-    def _drive(self, state: State, background: Background[Batch]) -> None:
-        event: Event | None = Begun()
+    def _drive(self, state: State, generation: BackgroundGeneration[Batch]) -> None:
+        event: Event | None = Started()
         while state.phase is not Phase.OVER:
-            event = event or self._hear(state, background)
-            event = self._perform(state.step(event), background)
+            event = event or self._exchange_progress(state, generation)
+            event = self._perform(state.step(event), generation)
 
-    def _hear(self, state: State, background: Background[Batch]) -> Generated:
-        """A round of all ranks: what everybody has generated. The first error of any rank ends it."""
+    def _exchange_progress(self, state: State, generation: BackgroundGeneration[Batch]) -> Generated:
+        """Return the batches that every rank has generated. Collective; raises if any rank has failed."""
         with self._waiting() if state.waits else nullcontext():
             if state.waits:
-                background.wait(POLL_S)
-            # Looked at once: what fails from here on is told in the next round, for the others go on till then.
-            error = background.error
-            verdict = self._decide(_encode(Word(background.oldest(), self._words(error))), _merged)
+                generation.wait(POLL_S)
+            # Read once: what fails from here on is part of the next exchange, for the other ranks go on till then.
+            error = generation.error
+            verdict = self._decide(Progress(generation.oldest(), self._describe(error)), _merge)
         if error:
             raise error
-        try:
-            heard = msgspec.json.decode(verdict, type=Word)
-        except msgspec.DecodeError:
-            raise OrchestratorError(f"the trainer ranks lost each other: {verdict} (trainer_timeout_s)") from None
-        if heard.error:
-            raise OrchestratorError(heard.error)
-        return Generated(heard.oldest)
+        if verdict.value is None:
+            raise OrchestratorError(f"the trainer ranks lost each other: {verdict.error} (trainer_timeout_s)")
+        if verdict.value.error:
+            raise OrchestratorError(verdict.value.error)
+        return Generated(verdict.value.oldest)
 
-    def _perform(self, actions: Iterable[Action], background: Background[Batch]) -> Event | None:
-        """Carry out what was decided; what came of it, if it leads on."""
+    def _perform(self, actions: Iterable[Action], generation: BackgroundGeneration[Batch]) -> Event | None:
+        """Carry out actions; return the event that follows from the last of them, if one does."""
         event: Event | None = None
         for action in actions:
             match action:
                 case Generate(batch):
-                    background.start(batch)
+                    generation.start(batch)
                 case Drop(batch):
-                    self._dropped(background.take(batch))
+                    self._dropped(generation.take(batch))
                 case Train(batch):
-                    self._train(background.take(batch))
+                    self._train(generation.take(batch))
                     event = Trained()
                 case Sync(version):
                     self._sync(version)
                     event = Synced()
         return event
 
-    def _words(self, error: BaseException | None) -> str:
+    def _describe(self, error: BaseException | None) -> str:
         return f"trainer rank {self._rank}: {type(error).__name__}: {error}" if error else ""
 
-    def _decide(self, word: str, judge: Callable[[Sequence[str]], str]) -> str:
-        try:
-            return self._agreement.decide(next(self._topics), word, judge, deadline=Deadline(self._timeout_s))
-        except TimeoutError as late:
-            return str(late)
+    def _decide(self, value: T, combine: Callable[[Sequence[T]], T]) -> Verdict[T]:
+        return self._agreement.decide(next(self._topics), value, combine, deadline=Deadline(self._timeout_s))
 
 
-def _encode(word: Word) -> str:
-    return msgspec.json.encode(word).decode()
-
-
-def _merged(words: Sequence[str]) -> str:
-    """A judge: the batches that all ranks have, as old as the oldest; every error."""
-    heard = [msgspec.json.decode(word, type=Word) for word in words]
-    errors = [word.error for word in heard if word.error]
-    common = set.intersection(*(set(word.oldest) for word in heard))
-    oldest = {batch: min(word.oldest[batch] for word in heard) for batch in sorted(common)}
-    return _encode(Word(oldest, "\n".join(errors)))
+def _merge(ranks: Sequence[Progress]) -> Progress:
+    """Return the batches that all ranks have, each with the oldest version of any rank, and all errors."""
+    errors = [progress.error for progress in ranks if progress.error]
+    common = set.intersection(*(set(progress.oldest) for progress in ranks))
+    oldest = {batch: min(progress.oldest[batch] for progress in ranks) for batch in sorted(common)}
+    return Progress(oldest, "\n".join(errors))

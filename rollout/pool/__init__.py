@@ -1,4 +1,4 @@
-"""The trainer's side of generation: prompts, routing, connections to engines (trainer ranks)."""
+"""Trainer side of generation: prompts, routing, connections to engines (trainer ranks)."""
 
 from rollcast.rollout.pool.pool import Pool
 

@@ -1,10 +1,10 @@
-"""Connections to the engines: requests, replies, and the end of what waits for an engine that is lost (trainer)."""
+"""Connections to the engines: requests, replies, and what happens to requests when an engine is lost (trainer)."""
 
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 
 from rollcast.comm import Deadline
-from rollcast.comm.deadline import SPIN_S, nap
-from rollcast.rollout.errors import EngineError
-from rollcast.rollout.protocol.connection import ID_BYTES, _Line, frame
-from rollcast.rollout.protocol.messages import Failed, Reply, Request, named
-from rollcast.rollout.protocol.registry import Roster
+from rollcast.comm.deadline import SPIN_S, poll_sleep
+from rollcast.rollout.errors import EngineError, Failure
+from rollcast.rollout.protocol.connection import ID_BYTES, EngineConnection, frame
+from rollcast.rollout.protocol.messages import Failed, Reply, Request
+from rollcast.rollout.protocol.registry import EngineRegistry
 from rollcast.rollout.protocol.sampling import Piece
 
 WATCH_S = 0.25
@@ -25,169 +25,184 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
+class _PendingRequest:
     engine: int
     future: "Future[Reply]"
     on_piece: Callable[[Piece], None] | None
 
 
-class Links:
-    """One connection to each engine. Calls may come from any thread."""
+class EngineClient:
+    """One connection to each engine. Calls may come from any thread.
 
-    def __init__(self, roster: Roster, addresses: Sequence[str]) -> None:
-        self._roster = roster
+        client = EngineClient(registry, addresses)
+        future = client.request(0, Describe())
+        replies = client.request_each(Describe())       # of every engine, in order
+
+    One thread for each engine takes its replies; one more asks the registry which engines are lost.
+    """
+
+    def __init__(self, registry: EngineRegistry, addresses: Sequence[str]) -> None:
+        self._registry = registry
         self._ids = itertools.count()
-        self._waiting: dict[bytes, _Waiting] = {}
-        self._lost: dict[int, str] = {}
+        self._pending: dict[bytes, _PendingRequest] = {}
+        # By engine: why no reply will come from it any more.
+        self._lost: dict[int, Failure] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._lines = [_Line(address) for address in addresses]
-        self._threads = [self._thread(self._listen, engine) for engine in range(len(self._lines))]
-        self._threads.append(self._thread(self._watch))
+        self._connections = [EngineConnection(address) for address in addresses]
+        self._threads = [self._start_thread(self._listen, engine) for engine in range(len(self._connections))]
+        self._threads.append(self._start_thread(self._watch))
 
     @property
     def engines(self) -> int:
         """Number of engines."""
-        return self._roster.engines
+        return self._registry.engines
 
     def request(
         self, engine: int, request: Request, *, on_piece: Callable[[Piece], None] | None = None
     ) -> "Future[Reply]":
         """Send a request to one engine. The future raises `EngineError` if the engine fails or dies.
 
-        `on_piece` is called with every `Piece` before the reply, on a thread of the pool's.
+        `on_piece` is called with every `Piece` before the reply, on the thread that takes the engine's replies.
         """
-        return self.request_all([(engine, request)], on_piece=on_piece)[0]
+        return self.request_many([(engine, request)], on_piece=on_piece)[0]
 
-    def request_all(
+    def request_many(
         self, requests: Sequence[tuple[int, Request]], *, on_piece: Callable[[Piece], None] | None = None
     ) -> "list[Future[Reply]]":
-        """Send many requests, each to an engine: see `request`.
+        """Send (engine, request) pairs; the futures are as those of `request`.
 
-        An engine gets all of its own at once. It would start on the first of them meanwhile, and on few cores leave
-        the sender none to send the rest.
+        An engine gets all of its requests in one write. It would start on the first of them meanwhile, and on few
+        cores leave the sender none to send the rest.
         """
-        messages: dict[int, list[bytes]] = {}
+        frames: dict[int, list[bytes]] = {}
         futures: list[Future[Reply]] = []
         payloads = [(engine, msgspec.msgpack.encode(request)) for engine, request in requests]
         for engine, payload in payloads:
             future: Future[Reply] = Future()
-            if request_id := self._enter(_Waiting(engine, future, on_piece)):
-                messages.setdefault(engine, []).append(frame(request_id, payload))
+            if request_id := self._register(_PendingRequest(engine, future, on_piece)):
+                frames.setdefault(engine, []).append(frame(request_id, payload))
             futures.append(future)
-        for engine, its in messages.items():
+        for engine, engine_frames in frames.items():
             # By the caller's own thread, which need not wait for another to wake up.
-            self._lines[engine].send(b"".join(its))
+            self._connections[engine].send(b"".join(engine_frames))
         return futures
 
-    def ask_all(self, request: Request, *, deadline: Deadline | None = None) -> list[Reply]:
-        """Send a request to all engines at once and wait for all answers."""
-        return collect([self.request(engine, request) for engine in range(self.engines)], deadline=deadline)
+    def request_each(self, request: Request, *, deadline: Deadline | None = None) -> list[Reply]:
+        """Send one request to every engine and return the replies, by engine. Raises as `collect`."""
+        return collect({engine: self.request(engine, request) for engine in range(self.engines)}, deadline=deadline)
 
     def close(self) -> None:
-        """Stop talking to the engines; requests under way fail. Idempotent. The engines go on."""
+        """End the connections and fail the requests in flight. The engines go on. Idempotent."""
         with self._lock:
             self._closed.set()
         self._lose_all("the pool was closed")
         for thread in self._threads:
             thread.join()
 
-    def _enter(self, waiting: _Waiting) -> bytes | None:
-        """From now on a reply is waited for; the number that it will have. None if the engine is lost."""
+    def _register(self, pending: _PendingRequest) -> bytes | None:
+        """Return the id under which the reply will come; None if the engine is lost, which fails the future."""
         with self._lock:
             if self._closed.is_set():
                 raise EngineError("the pool is closed: generate and sync inside `with join(...)`")
-            if waiting.engine not in self._lost:
+            if pending.engine not in self._lost:
                 request_id = next(self._ids).to_bytes(ID_BYTES, "big")
-                self._waiting[request_id] = waiting
+                self._pending[request_id] = pending
                 return request_id
-        waiting.future.set_exception(EngineError(self._lost[waiting.engine]))
+        pending.future.set_exception(EngineError(failures=[self._lost[pending.engine]]))
         return None
 
-    def _thread(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
+    def _start_thread(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
         thread = threading.Thread(target=target, args=arguments, name="rollcast-pool", daemon=True)
         thread.start()
         return thread
 
     def _listen(self, engine: int) -> None:
-        """Take an engine's replies until it ends, which `_watch` hears of, with the reason."""
+        """Take an engine's replies until it ends; `_watch` reads the reason from the registry."""
         try:
             self._take_replies(engine)
         except Exception as error:
-            # Nobody would read this engine's replies from here on.
-            self._lose(engine, f"engine {engine} sent what cannot be read: {error}")
+            # This engine's replies cannot be read from here on.
+            self._lose(Failure(text=f"a reply cannot be decoded: {error}", engine=engine), engine=engine)
 
     def _take_replies(self, engine: int) -> None:
         decoder = msgspec.msgpack.Decoder(Reply)
-        for message in self._lines[engine].messages():
+        for message in self._connections[engine].messages():
             reply = decoder.decode(message[ID_BYTES:])
             with self._lock:
-                waiting = self._waiting.get(message[:ID_BYTES])
+                pending = self._pending.get(message[:ID_BYTES])
                 if not isinstance(reply, Piece):
-                    self._waiting.pop(message[:ID_BYTES], None)
-            if waiting is not None:
-                _hand_over(reply, waiting)
+                    self._pending.pop(message[:ID_BYTES], None)
+            if pending is not None:
+                _deliver(reply, pending)
 
     def _watch(self) -> None:
         """Fail the requests of engines that are lost, and all requests when the job is over."""
         while not self._closed.wait(WATCH_S):
             try:
-                lost, done = self._roster.lost(), self._roster.done()
+                lost, done = self._registry.lost(), self._registry.done()
             except Exception as error:
                 self._lose_all(f"the job's store is gone: {error}")
                 return
             for engine, text in lost.items():
-                self._lose(engine, f"engine {engine} is lost: {text}")
+                self._lose(Failure(text=f"lost: {text}", engine=engine), engine=engine)
             if done:
                 self._lose_all("the job is over: a trainer has left it")
 
     def _lose_all(self, text: str) -> None:
         for engine in range(self.engines):
-            self._lose(engine, text)
+            self._lose(Failure(text=text), engine=engine)
 
-    def _lose(self, engine: int, text: str) -> None:
+    def _lose(self, failure: Failure, *, engine: int) -> None:
+        """Fail all requests to an engine, now and later."""
         with self._lock:
-            text = self._lost.setdefault(engine, text)
-            ids = [request_id for request_id, waiting in self._waiting.items() if waiting.engine == engine]
-            futures = [self._waiting.pop(request_id).future for request_id in ids]
+            failure = self._lost.setdefault(engine, failure)
+            ids = [request_id for request_id, pending in self._pending.items() if pending.engine == engine]
+            futures = [self._pending.pop(request_id).future for request_id in ids]
         for future in futures:
-            future.set_exception(EngineError(text))
-        # Who is about to send to it must not wait for it.
-        self._lines[engine].close()
+            future.set_exception(EngineError(failures=[failure]))
+        # A thread that is sending to it must not wait for it.
+        self._connections[engine].close()
 
 
-def _hand_over(reply: Reply, waiting: _Waiting) -> None:
+def _deliver(reply: Reply, pending: _PendingRequest) -> None:
     if isinstance(reply, Piece):
-        assert waiting.on_piece is not None
-        # The thread of all replies does not end with a listener's mistake.
+        assert pending.on_piece is not None
+        # The thread that takes all replies must survive a caller's mistake.
         try:
-            waiting.on_piece(reply)
+            pending.on_piece(reply)
         except Exception:
-            logger.exception("a piece of a stream could not be handed over")
+            logger.exception("on_piece raised for a piece of a stream")
     elif isinstance(reply, Failed):
-        waiting.future.set_exception(EngineError(named(waiting.engine, reply.text)))
+        pending.future.set_exception(EngineError(reply.message, failures=reply.failures))
     else:
-        waiting.future.set_result(reply)
+        pending.future.set_result(reply)
 
 
-def collect(futures: "Sequence[Future[Reply]]", *, deadline: Deadline | None = None, soon: bool = False) -> list[Reply]:
-    """Wait for all answers. Raises one `EngineError` with what every failed engine said.
+def collect(
+    pending: "Mapping[int, Future[Reply]]", *, deadline: Deadline | None = None, spin: bool = False
+) -> list[Reply]:
+    """Wait for replies, given by engine. Raises one `EngineError` with the failures of all engines.
 
-    If they come `soon`, do not sleep: waking up would take as long.
+    With `spin`, poll for the first milliseconds instead of sleeping, for replies so near that waking up would take
+    as long.
     """
     start = time.perf_counter()
-    while soon and not all(future.done() for future in futures) and time.perf_counter() - start < SPIN_S:
-        nap(start, gentle=False)
+    futures = pending.values()
+    while spin and not all(future.done() for future in futures) and time.perf_counter() - start < SPIN_S:
+        poll_sleep(start, low_priority=False)
     replies: list[Reply] = []
-    failures: list[str] = []
-    for engine, future in enumerate(futures):
+    errors: list[EngineError] = []
+    for engine, future in pending.items():
         try:
             replies.append(future.result(deadline.left_s() if deadline else None))
         except EngineError as error:
-            failures.append(str(error))
+            errors.append(error)
         except FutureTimeoutError:
             assert deadline is not None
-            failures.append(f"engine {engine} did not answer within {deadline.timeout_s:g} s")
-    if failures:
-        raise EngineError("\n".join(failures))
+            failure = Failure(text=f"no answer within {deadline.timeout_s:g} s", engine=engine)
+            errors.append(EngineError(failures=[failure]))
+    if errors:
+        message = "\n".join(dict.fromkeys(map(str, errors)))
+        raise EngineError(message, failures=[failure for error in errors for failure in error.failures])
     return replies

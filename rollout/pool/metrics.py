@@ -1,4 +1,4 @@
-"""What a trainer rank knows of its pool and its syncs, in Prometheus' format (trainer)."""
+"""Metrics of a trainer rank's pool and syncs, in Prometheus' format (trainer)."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from rollcast.rollout.protocol.sampling import Completion
 
 
 class Metrics:
-    """Counters and gauges of one rank, in a registry of their own.
+    """Counters and gauges of one rank, in a Prometheus registry of their own.
 
         metrics = Metrics()
         metrics.serve(9400)             # http://localhost:9400/metrics
 
-    Rates are the reader's to make: tokens a second are `rate(rollcast_tokens_total[1m])`.
+    Rates are left to the queries: tokens a second are `rate(rollcast_tokens_total[1m])`.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Metrics:
         )
         self.sync_bytes = Counter("rollcast_sync_bytes", "Bytes of weights sent, counted once.", registry=registry)
         self.version = Gauge("rollcast_policy_version", "Policy version that the engines serve.", registry=registry)
-        self.requests = Gauge("rollcast_requests", "Requests under way, by engine.", ["engine"], registry=registry)
+        self.requests = Gauge("rollcast_requests", "Requests in flight, by engine.", ["engine"], registry=registry)
         self.load = Gauge(
             "rollcast_load_tokens",
             "Tokens that may still be computed, by engine.",
@@ -44,7 +44,7 @@ class Metrics:
         )
 
     def synced(self, report: SyncReport) -> None:
-        """A sync has succeeded."""
+        """Count a sync that succeeded."""
         self.syncs.labels("ok").inc()
         for phase, seconds in report.phases_s.items():
             self.sync_seconds.labels(phase).inc(seconds)
@@ -52,26 +52,26 @@ class Metrics:
         self.version.set(report.version)
 
     def failed(self) -> None:
-        """A sync has failed."""
+        """Count a sync that failed."""
         self.syncs.labels("failed").inc()
 
-    def under_way(self, engine: int, change: int, *, load: int) -> None:
-        """So many requests more are with an engine, which has so many tokens to compute."""
+    def requests_changed(self, engine: int, change: int, *, load_tokens: int) -> None:
+        """Add `change` to an engine's requests in flight, and set the tokens that it may still have to compute."""
         self.requests.labels(engine).inc(change)
-        self.load.labels(engine).set(load)
+        self.load.labels(engine).set(load_tokens)
 
     def finished(self, engine: int, group: Sequence[Completion]) -> None:
-        """An engine has answered a request."""
+        """Count the completions of a request that an engine has finished."""
         for completion in group:
             self.completions.labels(completion.finish_reason).inc()
             self.tokens.labels(engine).inc(len(completion.token_ids))
             self.cached_tokens.inc(completion.cached_tokens)
 
     def text(self) -> str:
-        """All of it, as a scrape gets it."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry).decode()
 
     def serve(self, port: int, *, host: str = "0.0.0.0") -> int:
-        """Answer scrapes of `/metrics` on a thread, for as long as the process lives; the port (of 0: a free one)."""
+        """Serve `/metrics` on a thread until the process ends, and return the port (0: a free one)."""
         server, _ = start_http_server(port, addr=host, registry=self.registry)
         return server.server_port

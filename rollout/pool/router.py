@@ -1,21 +1,21 @@
-"""Which engine a request goes to (trainer)."""
+"""The choice of an engine for each prompt (trainer)."""
 
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
-# As vLLM's prefix cache: shorter prefixes are not kept there either.
+# As in vLLM's prefix cache, which caches whole blocks only.
 BLOCK_TOKENS = 16
-MOST_BLOCKS = 1 << 18
-# How much more than the least loaded engine, as a share, one may have to do that holds a prefix.
+MAX_BLOCKS = 1 << 18
+# An engine that has a prefix cached is chosen while its load exceeds the least load by at most this share.
 SLACK = 0.25
 
 
 class Router:
-    """Sends each prompt to the engine with the least to do, or to one that holds its beginning and is not far behind.
+    """Chooses the least loaded engine for a prompt, or one that has its beginning cached and is not much more loaded.
 
-    What an engine has to do is counted in tokens that it may still have to compute, for this pool's requests alone.
-    With `in_turn`, engines take turns, whatever they have to do. Not thread-safe.
+    An engine's load is the number of tokens that it may still have to compute for this pool's requests. With
+    `in_turn`, engines take turns, whatever their load. Not thread-safe.
     """
 
     def __init__(self, engines: int, *, first: int = 0, in_turn: bool = False) -> None:
@@ -28,11 +28,11 @@ class Router:
 
     @property
     def loads(self) -> tuple[int, ...]:
-        """Tokens that each engine may still have to compute."""
+        """Number of tokens that each engine may still have to compute."""
         return tuple(self._loads)
 
     def start(self, prompt: Sequence[int], *, tokens: int) -> int:
-        """Choose an engine for a prompt whose completions may take this many tokens."""
+        """Choose an engine for a prompt whose completions may have this many tokens, and add them to its load."""
         cost = len(prompt) + tokens
         engine = self._choose(prompt, cost) if self._turns is None else next(self._turns)
         self._loads[engine] += cost
@@ -40,15 +40,15 @@ class Router:
         return engine
 
     def end(self, engine: int, prompt: Sequence[int], *, tokens: int) -> None:
-        """The request is over, however it went."""
+        """Subtract a request that is over from its engine's load."""
         self._loads[engine] -= len(prompt) + tokens
 
     def hold(self, token_ids: Sequence[int], engine: int) -> None:
-        """The engine has computed these tokens: a conversation that goes on from them should find it again."""
+        """Note that an engine has computed these tokens: a conversation that goes on from them should go there."""
         for block in _blocks(token_ids):
             self._holders[block] = engine
             self._holders.move_to_end(block)
-        while len(self._holders) > MOST_BLOCKS:
+        while len(self._holders) > MAX_BLOCKS:
             self._holders.popitem(last=False)
 
     def _choose(self, prompt: Sequence[int], cost: int) -> int:
@@ -59,17 +59,17 @@ class Router:
         return holder
 
     def _holder(self, prompt: Sequence[int]) -> int | None:
-        """The engine that holds the longest known beginning."""
-        found = None
+        """Return the engine that has computed the longest known beginning of the prompt."""
+        holder = None
         for block in _blocks(prompt):
             if block not in self._holders:
                 break
-            found = self._holders[block]
-        return found
+            holder = self._holders[block]
+        return holder
 
 
 def _blocks(token_ids: Sequence[int]) -> list[int]:
-    """A hash of each beginning of whole blocks."""
+    """Return a hash of each beginning that consists of whole blocks."""
     hashes: list[int] = []
     before = 0
     for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):

@@ -1,4 +1,4 @@
-"""Messages on a connection: a length, then the bytes (engine process; the other ends use `Connection`).
+"""Sockets between trainers and engines: messages are a length, then the bytes (trainer, engine process, workers).
 
 Plain sockets: a library with a thread of its own adds two wake-ups to every hop, which cost more than the hop, and a
 sync of a small model is over in a few milliseconds.
@@ -13,20 +13,21 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from multiprocessing.connection import Connection
 
-# As `multiprocessing.connection` does it, up to 2 GiB.
+# The framing of `multiprocessing.connection`, which sends messages of up to 2 GiB so.
 HEAD = struct.Struct("!i")
+# Size of the engine's read buffer.
 LIMIT_BYTES = 1 << 20
-# Of the number before each request and its reply.
+# Size of the number before each request and its reply.
 ID_BYTES = 8
 
 
 def frame(*parts: bytes) -> bytes:
-    """One message, of these parts."""
+    """Return one message made of these parts."""
     return b"".join((HEAD.pack(sum(map(len, parts))), *parts))
 
 
 async def frames(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """Messages, until the connection ends."""
+    """Yield messages until the connection ends."""
     try:
         while True:
             (size,) = HEAD.unpack(await reader.readexactly(HEAD.size))
@@ -35,8 +36,8 @@ async def frames(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         return
 
 
-class _Line:
-    """A connection to an engine's service."""
+class EngineConnection:
+    """A trainer's connection to an engine process. `send` and `close` may be called from any thread."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -45,22 +46,22 @@ class _Line:
         except OSError as error:
             raise OSError(f"the engine at {address} cannot be reached: {error}") from None
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A descriptor of its own: the socket stays ours, to be shut down from any thread.
+        # A file descriptor of its own: the socket stays ours, to be shut down from any thread.
         self._connection = Connection(os.dup(self._socket.fileno()))
         self._sending = threading.Lock()
 
     def send(self, frames: bytes) -> None:
-        """Send whole messages, unless the engine has ended."""
+        """Send whole messages; do nothing if the engine has ended."""
         with self._sending, contextlib.suppress(OSError):
             self._socket.sendall(frames)
 
     def messages(self) -> Iterator[bytes]:
-        """What comes, until the connection ends."""
+        """Yield the engine's messages until the connection ends."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 yield self._connection.recv_bytes()
 
     def close(self) -> None:
-        """End it, from any thread. Idempotent."""
+        """Shut the connection down, which ends `messages`. Idempotent."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)

@@ -1,14 +1,16 @@
-"""Everything that crosses the control plane: msgspec structs, msgpack on the wire, no pickle (every process)."""
+"""Messages between trainers and engines: msgspec structs, msgpack on the wire, no pickle (trainer, engine process)."""
 
 from typing import Any, TypeVar
 
 import msgspec
 
+from rollcast.rollout.config import RolloutConfig
+from rollcast.rollout.errors import Failure
 from rollcast.rollout.protocol.sampling import Completion, Piece, Sampling
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Sample from a prompt. Answered by `Generated`; with `stream`, by any number of `Piece` before."""
+    """Sample from a prompt. Answered by `Generated`; with `stream`, after any number of `Piece`."""
 
     request_id: str
     prompt: list[int]
@@ -17,11 +19,11 @@ class Generate(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Requests with lower numbers run first."""
     stream: bool = False
     batch: str = ""
-    """Runs together with the others of its batch, after `RunBatch`. Empty: at once."""
+    """Name of a batch that `RunBatch` runs as a whole. Empty: run at once."""
 
 
 class RunBatch(msgspec.Struct, frozen=True, tag=True):
-    """All requests of this batch are there: run them. Answered by `Done` when they are over."""
+    """Run a batch, all of whose requests have been sent. Answered by `Done` when all of them are finished."""
 
     batch: str
 
@@ -33,13 +35,13 @@ class Generated(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """End requests with what they have. Answered by `Done`; they themselves by `Generated`."""
+    """End requests with the tokens they have. Answered by `Done`; the requests themselves by `Generated`."""
 
     request_ids: list[str]
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True):
-    """Find where every parameter lands, in every worker. Answered by `Prepared`."""
+    """Compile the landing plan of a manifest in every worker. Answered by `Prepared`."""
 
     manifest: bytes
 
@@ -48,7 +50,7 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
     """Every worker has its landing plan."""
 
     digests: list[str]
-    """Of each worker's plan."""
+    """Digest of each worker's plan."""
 
 
 class DescribeLanding(msgspec.Struct, frozen=True, tag=True):
@@ -62,19 +64,19 @@ class LandingPlans(msgspec.Struct, frozen=True, tag=True):
 
 
 class Assignment(msgspec.Struct, frozen=True, array_like=True):
-    """One worker's place in its lane."""
+    """The place of one worker in its lane."""
 
     lane: int
     rank: int
-    """In the lane's group; its sender is rank 0."""
+    """Rank in the lane's group, whose rank 0 is the sender."""
     size: int
     sender: int
     """Trainer rank."""
     digest: str
-    """Of the lane's buckets. A worker whose own differ refuses."""
+    """Digest of the lane's buckets. A worker whose own digest differs refuses to join."""
     transport: str
     label: str
-    """Who the worker is, for errors."""
+    """Name of the worker in errors."""
 
 
 class JoinGroup(msgspec.Struct, frozen=True, tag=True):
@@ -82,40 +84,39 @@ class JoinGroup(msgspec.Struct, frozen=True, tag=True):
 
     address: str
     assignments: list[Assignment]
-    """Of each worker."""
-    walk: list[int]
+    """One for each worker."""
+    gather_order: list[int]
     """Parameters in the order of the wire."""
     bucket_bytes: int
     timeout_s: float
 
 
 class Receive(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Receive one sync in every worker, to be switched to at `Commit`. Answered by `Received`."""
+    """Receive the weights of one sync in every worker; `Commit` switches to them. Answered by `Received`."""
 
     version: int
     digests: list[str]
-    """Of each worker's lane."""
+    """Digest of each worker's lane."""
     first_rank: int
-    """Number of the engine's first worker among those of all engines, from 1."""
+    """Rank of the engine's first worker among the workers of all engines, counted from 1."""
     mode: str
-    """"in_place": receive into the live weights; the engine is torn until `Commit`. "shadow": receive
-    into spare memory while the engine decodes."""
+    """"in_place": receive into the live weights, which are partially updated until `Commit`. "shadow": receive into
+    spare memory while the engine decodes."""
     pause_mode: str
-    prefix_cache: str
     kv_cache: str
     verify: str
     unchanged: bool
     """A self-test: the version stays, and no tensor may change."""
     alone: bool
-    """No other engine takes part: commit without being told to."""
+    """No other engine and no other trainer takes part: commit and finalize without further messages."""
     timeout_s: float
 
 
 class WorkerTimes(msgspec.Struct, frozen=True):
-    """One worker's seconds by phase."""
+    """Seconds of one worker by phase."""
 
     rank: int
-    """Among those of all engines, from 1."""
+    """Rank among the workers of all engines, counted from 1."""
     phases_s: dict[str, float]
 
 
@@ -126,20 +127,23 @@ class Received(msgspec.Struct, frozen=True, tag=True):
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
-    """Every engine has the weights: treat the prefix cache, set the version, go on. Answered by `Done`."""
+    """Switch to the received weights: every engine has them. Answered by `Done`."""
 
     version: int
     timeout_s: float
 
 
-class Abandon(msgspec.Struct, frozen=True, tag=True):
-    """The sync failed somewhere: serve on if the weights are untouched, refuse if they are not. Answered by `Done`."""
-
-    text: str
+class Finalize(msgspec.Struct, frozen=True, tag=True):
+    """Release outputs of the new version: every engine has committed, and every trainer knows. Answered by `Done`."""
 
 
-class Settle(msgspec.Struct, frozen=True, tag=True):
-    """Every engine has committed, and every trainer rank knows: hand out what the version makes. Answered by `Done`."""
+class AbortSync(msgspec.Struct, frozen=True, tag=True):
+    """Give up the sync, which failed somewhere. Answered by `Done`.
+
+    The engine serves on if its weights are untouched, and refuses to generate otherwise.
+    """
+
+    reason: str
 
 
 class Describe(msgspec.Struct, frozen=True, tag=True):
@@ -147,28 +151,29 @@ class Describe(msgspec.Struct, frozen=True, tag=True):
 
 
 class Description(msgspec.Struct, frozen=True, tag=True):
-    """An engine's state."""
+    """State of one engine."""
 
     engine: int
     pid: int
-    """Process id of the engine's service; its workers are below it."""
+    """Process id of the engine process, the parent of its workers."""
     version: int
-    torn: str | None
-    """Why the engine refuses to generate; None when it serves."""
+    """Policy version of the weights."""
+    refusal: str | None
+    """Why the engine refuses to generate until the next sync; None when it serves or only sleeps."""
     requests: int = 0
-    """Under way, of all trainer ranks; samples of the engine's own server."""
+    """Requests in flight: those of all trainer ranks, and samples of the engine's own server."""
     openai: str | None = None
     """Base URL of the engine's own OpenAI-compatible server, with `openai_port`."""
 
 
 class Sleep(msgspec.Struct, frozen=True, tag=True):
-    """Free the GPU's memory, as vLLM's sleep levels say. Answered by `Done`."""
+    """Free GPU memory, by vLLM's sleep levels. Answered by `Done`."""
 
     level: int
 
 
 class WakeUp(msgspec.Struct, frozen=True, tag=True):
-    """Take memory back: "weights", "kv_cache", or all of it. Answered by `Done`."""
+    """Allocate memory again: "weights", "kv_cache", or both if empty. Answered by `Done`."""
 
     tags: list[str]
 
@@ -178,8 +183,10 @@ class Fingerprint(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fingerprints(msgspec.Struct, frozen=True, tag=True):
-    """For each worker of the engine: SHA-256 of the bytes of each parameter and buffer, by vLLM's name, and
-    of what linears compute whose weights are packed out of sight."""
+    """For each worker: SHA-256 of the bytes of each parameter and buffer, by vLLM's name.
+
+    Linears whose weights are packed out of sight are hashed by what they compute.
+    """
 
     workers: list[dict[str, str]]
 
@@ -192,19 +199,21 @@ class Call(msgspec.Struct, frozen=True, tag=True):
 
 
 class Called(msgspec.Struct, frozen=True, tag=True):
-    """What the method returned, worker by worker."""
+    """The method's result in each worker."""
 
     results: list[Any]
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """The request was carried out; there is nothing to tell."""
+    """The request was carried out."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The request failed; `text` is for the user."""
+    """The request failed. Becomes an `EngineError` with these failures and this message."""
 
-    text: str
+    failures: list[Failure]
+    message: str = ""
+    """Text for the user. Empty: the failures' own texts."""
 
 
 Request = (
@@ -216,8 +225,8 @@ Request = (
     | JoinGroup
     | Receive
     | Commit
-    | Abandon
-    | Settle
+    | Finalize
+    | AbortSync
     | Describe
     | Fingerprint
     | Call
@@ -227,42 +236,31 @@ Request = (
 Reply = Piece | Generated | Prepared | LandingPlans | Received | Description | Fingerprints | Called | Done | Failed
 
 
-class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine process is told when it starts (JSON on its standard input)."""
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that an engine process needs to start (JSON on its standard input)."""
 
+    config: RolloutConfig
+    """The job's, the same for every engine."""
     engine: int
+    """Index of the engine."""
     host: str
-    """Address to bind the service to."""
-    device: str
-    dtype: str
-    model: str
-    max_model_len: int
-    tensor_parallel_size: int
-    worker_extension_cls: str
-    load_format: str
-    seed: int
-    eos_token_ids: tuple[int, ...]
-    """Tokens that end a completion unless `Sampling.ignore_eos`."""
-    enforce_eager: bool
-    gpu_memory_utilization: float
-    max_num_seqs: int | None
-    sync_asleep: str
-    deterministic: bool
-    openai_port: int | None
-    openai_flags: tuple[str, ...]
-    lora_rank: int | None
-    lora_versions: int
-    engine_args: dict[str, Any]
+    """Address that the engine's servers listen on."""
+
+    @property
+    def openai_port(self) -> int | None:
+        """Port of the engine's own OpenAI-compatible server: 0 for a free one, None for no server."""
+        return self.config.openai_port and self.config.openai_port + self.engine
+
+    @property
+    def lora_slots(self) -> int:
+        """Adapter versions that the engine serves at a time; 0 without LoRA."""
+        return 0 if self.config.lora_rank is None else self.config.lora_versions
 
 
 R = TypeVar("R")
 
 
 def expect(reply: Reply, kind: type[R]) -> R:
-    """The reply, which must be of the given kind."""
+    """Return the reply, which must be of this kind."""
     assert isinstance(reply, kind), reply
     return reply
-
-
-def named(engine: int, text: str) -> str:
-    return text if text.startswith(f"engine {engine}") else f"engine {engine}: {text}"

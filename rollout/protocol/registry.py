@@ -1,4 +1,4 @@
-"""What trainers and engine leaders tell each other through the job's store (every rank)."""
+"""The registry of engines in the job's store, and what each rank publishes about itself there (every rank)."""
 
 import time
 from contextlib import suppress
@@ -7,77 +7,79 @@ import msgspec
 from torch import distributed as dist
 
 from rollcast.comm import Deadline
-from rollcast.rollout.errors import EngineError
+from rollcast.rollout.errors import EngineError, Failure
 
 POLL_S = 0.1
 
 
-class Roster:
-    """Addresses of the engines, which of them were lost and why, and whether the job is over."""
+class EngineRegistry:
+    """Addresses of the engines, which of them are lost and why, and whether the job is over."""
 
     def __init__(self, store: dist.Store, *, engines: int) -> None:
         self._store = store
         self.engines = engines
 
     def announce(self, engine: int, address: str) -> None:
-        """Leader: the engine serves at `address`."""
+        """Publish the address that an engine serves at (the engine's leader)."""
         self._store.set(f"address/{engine}", address)
 
     def report_lost(self, engine: int, text: str) -> None:
-        """Leader: the engine is gone; `text` says why."""
+        """Publish that an engine is lost, and why (the engine's leader)."""
         self._store.set(f"lost/{engine}", text)
         self._store.set("lost", str(engine))
 
     def lost(self) -> dict[int, str]:
-        """The engines that are gone, with the reason."""
+        """Return the engines that are lost, with the reason."""
         if not self._store.check(["lost"]):
             return {}
-        gone = [engine for engine in range(self.engines) if self._store.check([f"lost/{engine}"])]
-        return {engine: self._store.get(f"lost/{engine}").decode() for engine in gone}
+        engines = [engine for engine in range(self.engines) if self._store.check([f"lost/{engine}"])]
+        return {engine: self._store.get(f"lost/{engine}").decode() for engine in engines}
 
     def addresses(self, *, deadline: Deadline) -> list[str]:
-        """Trainer: wait until every engine serves. Raises `EngineError` as soon as one is lost."""
+        """Wait until every engine serves (trainers). Raises `EngineError` as soon as one is lost."""
         return [self._address(engine, deadline) for engine in range(self.engines)]
 
     def _address(self, engine: int, deadline: Deadline) -> str:
         # Polled with check: a wait that times out makes torch write two warnings each time.
         while not self._store.check([f"address/{engine}"]):
-            for gone, text in self.lost().items():
-                raise EngineError(f"engine {gone} did not start: {text}")
+            if lost := self.lost():
+                failures = [Failure(text=text, engine=each, phase="start") for each, text in lost.items()]
+                each, text = next(iter(lost.items()))
+                raise EngineError(f"engine {each} did not start: {text}", failures=failures)
             deadline.left(f"engine {engine} to start")
             time.sleep(POLL_S)
         return self._store.get(f"address/{engine}").decode()
 
     def finish(self) -> None:
-        """Trainer: the job is over, the engines may stop."""
+        """Publish that the job is over (trainers): the engines may stop."""
         self._store.set("done", "")
 
     def done(self) -> bool:
-        """Whether the job is over."""
+        """Return whether the job is over."""
         return self._store.check(["done"])
 
-    def finish_with(self, trainers: int) -> None:
-        """Trainer: wait until all trainers are through, or the job is over for another reason.
+    def finish_together(self, trainers: int) -> None:
+        """Wait until all trainers have called this, or the job is over for another reason (trainers).
 
-        Polled: it may take long, and a blocking wait would keep Python from seeing a signal.
+        Polled: it may take long, and a blocking wait would keep Python from handling a signal.
         """
         if self._store.add("through", 1) == trainers:
             self.finish()
         while not self.done():
             time.sleep(POLL_S)
 
-    def leave(self) -> None:
-        """Leader: everything of this engine is stopped."""
-        # The store may be gone by now; then nobody waits.
+    def report_stopped(self) -> None:
+        """Publish that every process of an engine has stopped (the engine's leader)."""
+        # The store may be gone by now; then nobody waits for this.
         with suppress(RuntimeError):
             self._store.add("left", 1)
 
-    def all_left(self) -> bool:
-        """Whether every leader has stopped its engine."""
+    def all_stopped(self) -> bool:
+        """Return whether every leader has stopped its engine."""
         return self._store.add("left", 0) >= self.engines
 
 
-class Card(msgspec.Struct, frozen=True):
+class RankInfo(msgspec.Struct, frozen=True):
     """What one rank runs on."""
 
     host: str
@@ -85,13 +87,13 @@ class Card(msgspec.Struct, frozen=True):
     """UUID of the rank's GPU; None on CPU."""
     gpus_visible: int
     address: str = "127.0.0.1"
-    """Where other machines reach the rank."""
+    """Address at which other machines reach the rank."""
     settings: dict[str, str] = msgspec.field(default_factory=dict)
-    """Its `NCCL_*` variables."""
+    """The rank's `NCCL_*` variables."""
     free_bytes: int = 0
     used_bytes: int = 0
-    """Memory of the GPU before anything of this job is on it."""
+    """Memory of the GPU before this job has used any."""
     links: dict[str, str] = msgspec.field(default_factory=dict)
-    """How its GPU is joined to the machine's others, by UUID."""
+    """Kind of link between the rank's GPU and each other GPU of the machine, by UUID."""
     problem: str = ""
-    """Why the rank cannot take part."""
+    """Why the rank cannot take part; empty if it can."""

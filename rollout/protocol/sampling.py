@@ -1,4 +1,4 @@
-"""What the pool is asked for, and what it gives (every process)."""
+"""Sampling parameters and completions (every process)."""
 
 import operator
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import msgspec
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How to sample; names and meaning as in vLLM's `SamplingParams`.
 
-    Raises `ValueError` if `n` or `max_tokens` is less than 1. Of the rest, vLLM judges when it gets a request.
+    Raises `ValueError` if `n` or `max_tokens` is less than 1. vLLM validates the rest when it gets a request.
     """
 
     max_tokens: int = 16
@@ -22,7 +22,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     prompt_logprobs: bool = False
-    """Whether completions carry the log-probabilities of the prompt's own tokens. Such a prompt is computed anew."""
+    """Whether completions have the log-probabilities of the prompt's own tokens. Such a prompt is computed anew."""
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_tokens < 1:
@@ -41,35 +41,36 @@ class Completion(msgspec.Struct, frozen=True):
     spans: tuple[tuple[int, int], ...]
     """(policy version, index of its first token), oldest first. More than one if a sync happened in between."""
     prompt_logprobs: list[float | None] | None = None
-    """On request: natural log-probability of each token of the prompt; None for the first, before which is nothing."""
+    """On request: natural log-probability of each token of the prompt; None for the first, which has no condition."""
     cached_tokens: int = 0
     """Tokens of the prompt whose keys and values were in the prefix cache."""
     engine: int = 0
-    """Which of the pool's engines made it."""
+    """Index of the engine that sampled it."""
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """Policy versions that made it, oldest first."""
+        """Policy versions that sampled it, oldest first."""
         return tuple(version for version, _ in self.spans)
 
 
 class Piece(msgspec.Struct, frozen=True, tag=True):
-    """Some more tokens of a completion that is streamed."""
+    """The next tokens of a completion that is streamed."""
 
     token_ids: list[int]
     logprobs: list[float]
     spans: tuple[tuple[int, int], ...]
     """(policy version, index of its first token in this piece)."""
     finish_reason: str | None
-    """As in `Completion`; None as long as more will come."""
+    """As in `Completion`; None until the last piece."""
 
 
 def plain_tokens(prompt: Sequence[int]) -> list[int]:
-    """The token ids as Python's integers. Raises `ValueError` for anything else."""
+    """Return the token ids as Python integers. Raises `ValueError` for anything else."""
     try:
         return list(map(operator.index, prompt))
     except TypeError as error:
         raise ValueError(f"a prompt is a sequence of token ids: {error}") from None
 
 
+# Response header of the engines' own OpenAI servers: the policy version that answered.
 VERSION_HEADER = "x-rollcast-version"

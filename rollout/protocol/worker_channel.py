@@ -1,155 +1,262 @@
-"""Calls to an engine's workers that do not pass through vLLM: its event loop and scheduler take them when they can.
+"""Side channel from the engine process to its workers (`WorkerChannel` there, `WorkerEndpoint` in each worker).
 
-A sync is on the clock, so a worker hears of it on a connection and a thread of its own (`Bell`), and answers there
-when it is over.
+vLLM's `collective_rpc` is served only between scheduler iterations, and a sync cannot wait for that: so each worker
+has a connection and a thread of its own for the calls of a sync.
 """
 
 import asyncio
 import contextlib
+import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
 
 from rollcast.comm import Deadline
+from rollcast.rollout.errors import Failure
 from rollcast.rollout.protocol.connection import frame, frames
 
-HELLO, AT, GO, STOP, DONE = "hello", "at", "go", "stop", "done"
-OTHERS = "the engine's other workers"
+OTHER_WORKERS = "the engine's other workers"
+# Of a call's time, on top of it: a worker that meets the deadline itself can say what it waited for. Less than the
+# trainer then waits for the engine's own text (`rollout/sync/session.py`).
+REPLY_SHARE = 0.05
+logger = logging.getLogger(__name__)
 
 
-class Bells:
-    """The engine process's side.
+class _Hello(msgspec.Struct, frozen=True, tag=True):
+    """First message of a worker."""
 
-    address = await bells.open()                        # workers answer there: `Bell(address, rank, run)`
-    results = await bells.ring("method", *arguments)    # of every worker, in the order of their ranks
+    rank: int
+
+
+class _Call(msgspec.Struct, frozen=True, tag=True):
+    """Call a method. Answered by `_Reply`."""
+
+    number: int
+    method: str
+    arguments: dict[str, Any]
+    timeout_s: float
+
+
+class _Position(msgspec.Struct, frozen=True, tag=True):
+    """How many of vLLM's calls a worker has let in. Answered by `_StopAt` when all workers have sent theirs."""
+
+    number: int
+    calls: int
+
+
+class _StopAt(msgspec.Struct, frozen=True, tag=True):
+    """The number of vLLM's calls after which every worker stops."""
+
+    number: int
+    calls: int
+
+
+class _GiveUp(msgspec.Struct, frozen=True, tag=True):
+    """The call has failed: wait for the other workers no longer. Not answered."""
+
+    number: int
+
+
+class _Reply(msgspec.Struct, frozen=True, tag=True):
+    """A worker's result or failure."""
+
+    number: int
+    failure: Failure | None
+    result: Any
+
+
+_FROM_WORKER = msgspec.msgpack.Decoder(_Hello | _Position | _Reply)
+_TO_WORKER = msgspec.msgpack.Decoder(_Call | _StopAt | _GiveUp)
+
+
+class WorkerError(Exception):
+    """A call failed in some workers: one `Failure` for each, without the engine's index."""
+
+    def __init__(self, failures: Iterable[Failure]) -> None:
+        self.failures = tuple(failures)
+        super().__init__("; ".join(map(str, self.failures)))
+
+
+def attempt(act: Callable[[], Any], *, worker: int, phase: str) -> tuple[Failure | None, Any]:
+    """Return None and the result of `act`, or what it raised as a `Failure`, and None. Called in a worker."""
+    try:
+        return None, act()
+    except Exception as error:
+        logger.exception("%s failed", phase)
+        return Failure(text=str(error) or type(error).__name__, worker=worker, phase=phase), None
+
+
+class WorkerChannel:
+    """The engine process's side. One call at a time: a new one supersedes one that is under way.
+
+    address = await channel.open()                              # for each worker's `WorkerEndpoint`
+    results = await channel.call("apply", timeout_s=5.0)        # of every worker, in the order of ranks
     """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._lines: dict[int, asyncio.StreamWriter] = {}
-        self._round: _Round | None = None
+        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._current: _PendingCall | None = None
+        self._number = 0
         self._server: asyncio.Server | None = None
 
     async def open(self) -> str:
-        """Listen, on this machine only; the address."""
-        self._server = await asyncio.start_server(self._listen, "127.0.0.1", 0)
+        """Listen on this machine only. Return the address."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         host, port = self._server.sockets[0].getsockname()
         return f"{host}:{port}"
 
-    async def ring(self, method: str, *arguments: Any) -> list[Any]:
-        """Let every worker call a method of its bell's. Raises `RuntimeError` with the words of the first to fail."""
-        round_ = self._round = _Round(self._round.number + 1 if self._round else 1)
-        if missing := [rank for rank in range(self._workers) if rank not in self._lines]:
-            raise RuntimeError(f"worker {missing[0]} cannot be reached")
-        for rank in range(self._workers):
-            self._tell(rank, round_.number, method, list(arguments))
-        return await round_.results
+    async def call(self, method: str, *, timeout_s: float, **arguments: Any) -> list[Any]:
+        """Call a method of every worker, whatever vLLM is doing there. Return the results in the order of ranks.
 
-    def _tell(self, rank: int, *message: Any) -> None:
-        self._lines[rank].write(frame(msgspec.msgpack.encode(message)))
+        Raises `WorkerError` as soon as one worker fails, ends or is not connected, and when workers have not replied
+        shortly after `timeout_s`; others may then still be at work.
+        """
+        if missing := [rank for rank in range(self._workers) if rank not in self._writers]:
+            text = "not connected to the engine process"
+            raise WorkerError(Failure(text=text, worker=rank, phase=method) for rank in missing)
+        if self._current is not None:
+            self._current.fail(Failure(text="superseded by another call", phase=self._current.method))
+        self._number += 1
+        pending = self._current = _PendingCall(self._number, method, workers=self._workers)
+        self._send(_Call(pending.number, method, arguments, timeout_s))
+        try:
+            return await asyncio.wait_for(pending.results, timeout_s * (1.0 + REPLY_SHARE))
+        except TimeoutError:
+            text = f"no reply to {method!r} by its deadline of {timeout_s:g} s"
+            raise WorkerError(Failure(text=text, worker=rank, phase=method) for rank in pending.silent) from None
+        finally:
+            if pending.silent:
+                # Those may wait for the others to agree, with closed gates.
+                self._send(_GiveUp(pending.number))
 
-    async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One worker's line, until it ends."""
-        rank = -1
-        async for message in frames(reader):
-            kind, number, *content = msgspec.msgpack.decode(message)
-            if kind == HELLO:
-                rank = number
-                self._lines[rank] = writer
-            elif self._round and number == self._round.number:
-                self._take(self._round, rank, kind, content)
-        self._lines.pop(rank, None)
-        if self._round:
-            self._fail(self._round, f"worker {rank} has ended")
+    def _send(self, message: _Call | _StopAt | _GiveUp) -> None:
+        data = frame(msgspec.msgpack.encode(message))
+        for writer in self._writers.values():
+            writer.write(data)
 
-    def _take(self, round_: "_Round", rank: int, kind: str, content: list[Any]) -> None:
-        if kind == AT:
-            round_.passed[rank] = content[0]
-            if len(round_.passed) == self._workers:
-                for each in range(self._workers):
-                    self._tell(each, round_.number, GO, max(round_.passed.values()))
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Take one worker's messages until its connection ends."""
+        rank = None
+        async for data in frames(reader):
+            message = _FROM_WORKER.decode(data)
+            if isinstance(message, _Hello):
+                rank = message.rank
+                self._writers[rank] = writer
+            elif rank is not None and self._current is not None and message.number == self._current.number:
+                self._take(self._current, rank, message)
+        writer.close()
+        if rank is not None:
+            self._writers.pop(rank)
+            if self._current is not None:
+                text = "its connection to the engine process has ended"
+                self._current.fail(Failure(text=text, worker=rank, phase=self._current.method))
+
+    def _take(self, pending: "_PendingCall", rank: int, message: _Position | _Reply) -> None:
+        if isinstance(message, _Reply):
+            pending.reply(rank, message)
             return
-        problem, result = content
-        if problem:
-            self._fail(round_, problem)
-        round_.finish(rank, result, workers=self._workers)
-
-    def _fail(self, round_: "_Round", problem: str) -> None:
-        round_.fail(problem)
-        # Others may wait for all to agree, with closed gates.
-        for rank in self._lines:
-            self._tell(rank, round_.number, STOP, None)
+        pending.positions[rank] = message.calls
+        if len(pending.positions) == self._workers:
+            self._send(_StopAt(pending.number, max(pending.positions.values())))
 
 
-class _Round:
-    """One ring, and what the workers have answered."""
+class _PendingCall:
+    """One call, and what the workers have answered."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, method: str, *, workers: int) -> None:
         self.number = number
-        self.passed: dict[int, int] = {}
-        self.results: asyncio.Future[list[Any]] = asyncio.Future()
-        self._found: dict[int, Any] = {}
+        self.method = method
+        self.positions: dict[int, int] = {}
+        self.results: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._workers = workers
+        self._replies: dict[int, Any] = {}
 
-    def fail(self, problem: str) -> None:
+    @property
+    def silent(self) -> list[int]:
+        """Ranks of the workers that have not replied."""
+        return [rank for rank in range(self._workers) if rank not in self._replies]
+
+    def fail(self, failure: Failure) -> None:
+        """Fail the call, unless it is over."""
         if not self.results.done():
-            self.results.set_exception(RuntimeError(problem))
+            self.results.set_exception(WorkerError([failure]))
 
-    def finish(self, rank: int, result: Any, *, workers: int) -> None:
-        self._found[rank] = result
-        if len(self._found) == workers and not self.results.done():
-            self.results.set_result([self._found[rank] for rank in range(workers)])
+    def reply(self, rank: int, reply: _Reply) -> None:
+        """Note a worker's reply: the first failure, or the last result, ends the call."""
+        self._replies[rank] = reply.result
+        if reply.failure is not None:
+            self.fail(reply.failure)
+        elif not self.silent and not self.results.done():
+            self.results.set_result([self._replies[rank] for rank in range(self._workers)])
 
 
-class Bell:
-    """A worker's side: a thread that calls `run(method, arguments)` when the bell rings, one call at a time.
+class WorkerEndpoint:
+    """A worker's side: a thread that calls `run(method, arguments, deadline)`, one call at a time.
 
-    `run` returns (problem or "", result).
+    What `run` raises is the call's failure. The thread ends with the engine process.
     """
 
-    def __init__(self, address: str, *, rank: int, workers: int, run: Callable[[str, list[Any]], list[Any]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        rank: int,
+        workers: int,
+        run: Callable[[str, dict[str, Any], Deadline], Any],
+    ) -> None:
         host, _, port = address.rpartition(":")
-        line = socket.create_connection((host, int(port)))
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._line = Connection(line.detach())
+        connection = socket.create_connection((host, int(port)))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection = Connection(connection.detach())
         self.workers = workers
+        self._rank = rank
         self._run = run
         self._number = 0
-        self._next: list[Any] | None = None
-        self._say(HELLO, rank)
-        threading.Thread(target=self._serve, name="rollcast-bell", daemon=True).start()
+        self._next: _Call | None = None
+        self._send(_Hello(rank))
+        threading.Thread(target=self._serve, name="rollcast-worker-endpoint", daemon=True).start()
 
-    def agree(self, passed: int, *, deadline: Deadline) -> int:
-        """The largest `passed` of all workers that the bell has rung for.
+    def agree(self, calls: int, *, deadline: Deadline) -> int:
+        """Return the largest `calls` of all workers. Collective over the engine's workers, inside a call.
 
-        Raises `TimeoutError`, and `RuntimeError` when the engine process has given up meanwhile.
+        Raises `TimeoutError`, and `RuntimeError` when the engine process has given up the call.
         """
         if self.workers == 1:
-            return passed
-        self._say(AT, self._number, passed)
-        if not self._line.poll(deadline.left(OTHERS).total_seconds()):
-            raise TimeoutError(f"waited in vain for {OTHERS}")
-        number, kind, limit = message = self._hear()
-        if (number, kind) == (self._number, GO):
-            return limit
-        if kind != STOP:
-            self._next = message
-        raise RuntimeError(f"{OTHERS} have failed")
+            return calls
+        self._send(_Position(self._number, calls))
+        while True:
+            if not self._connection.poll(deadline.left(OTHER_WORKERS).total_seconds()):
+                continue
+            message = self._receive()
+            if isinstance(message, _StopAt) and message.number == self._number:
+                return message.calls
+            if isinstance(message, _Call):
+                self._next = message
+            if isinstance(message, _Call) or message.number == self._number:
+                raise RuntimeError(f"{OTHER_WORKERS} have failed")
 
     def _serve(self) -> None:
-        # The line ends with the engine process.
-        with contextlib.suppress(EOFError, OSError):
+        # If the thread ends first, the engine process hears of it by the end of the connection.
+        with contextlib.suppress(EOFError, OSError), self._connection:
             while True:
-                message, self._next = self._next or self._hear(), None
-                self._number, method, content = message
-                if method not in (GO, STOP):
-                    self._say(DONE, self._number, *self._run(method, content))
+                message, self._next = self._next or self._receive(), None
+                if isinstance(message, _Call):
+                    self._number = message.number
+                    self._send(_Reply(message.number, *self._carry_out(message)))
 
-    def _hear(self) -> list[Any]:
-        return msgspec.msgpack.decode(self._line.recv_bytes())
+    def _carry_out(self, call: _Call) -> tuple[Failure | None, Any]:
+        def act() -> Any:
+            return self._run(call.method, call.arguments, Deadline(call.timeout_s))
 
-    def _say(self, *message: Any) -> None:
-        self._line.send_bytes(msgspec.msgpack.encode(message))
+        return attempt(act, worker=self._rank, phase=call.method)
+
+    def _receive(self) -> _Call | _StopAt | _GiveUp:
+        return _TO_WORKER.decode(self._connection.recv_bytes())
+
+    def _send(self, message: _Hello | _Position | _Reply) -> None:
+        self._connection.send_bytes(msgspec.msgpack.encode(message))

@@ -1,7 +1,7 @@
-"""The lanes between trainer ranks and workers: plan them once, join their groups (every trainer rank)."""
+"""The lanes between trainer ranks and workers: planned once, joined, sent on in every sync (every trainer rank)."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
@@ -10,14 +10,25 @@ import msgspec
 import torch
 from torch import distributed as dist
 
-from rollcast.comm import Deadline, Group, Lane, Manifest, TransferPlan, build_transfer, host_store, join_group
-from rollcast.comm.agreement import Agreement, first_error
+from rollcast.comm import (
+    Deadline,
+    Group,
+    Lane,
+    PhaseTimer,
+    TransferPlan,
+    WeightBroadcaster,
+    WeightSource,
+    build_transfer,
+    host_store,
+    join_group,
+)
+from rollcast.comm.agreement import Agreement
 from rollcast.comm.device.nvml import NVLINK
 from rollcast.comm.transport.rendezvous import connect_store
 from rollcast.rollout.config import RolloutConfig
-from rollcast.rollout.errors import RollcastError
-from rollcast.rollout.pool.client import collect
-from rollcast.rollout.pool.pool import Pool
+from rollcast.rollout.errors import EngineError, Failure, RollcastError
+from rollcast.rollout.landing.plan import LandingPlan
+from rollcast.rollout.pool.client import EngineClient, collect
 from rollcast.rollout.protocol.messages import (
     Assignment,
     DescribeLanding,
@@ -25,139 +36,165 @@ from rollcast.rollout.protocol.messages import (
     LandingPlans,
     Prepare,
     Prepared,
+    Reply,
     expect,
 )
-from rollcast.rollout.protocol.registry import Card
+from rollcast.rollout.protocol.registry import RankInfo
+from rollcast.rollout.sync.outcome import StepOutcome, agree_on
 
-PREPARED, FAILED = "prepared ", "failed "
-# What is left of the deadline is for telling the other ranks.
-TELLING_SHARE = 0.1
-# torch's store cuts whoever sends it more than 8 MiB at a time.
+# torch's store closes the connection of a client that sends it more than 8 MiB at a time.
 PART_BYTES = 4 << 20
+# Most messages of a lane for which "auto" lets a worker read the trainer's memory over NVLink. That is faster for few
+# tensors, but costs more for each message than NCCL does: for the 18,867 tensors of Qwen3-30B-A3B NCCL is faster.
+MAX_IPC_MESSAGES = 4096
 
 
 class Blueprint(msgspec.Struct, frozen=True):
-    """What trainer rank 0 tells the others; each makes the same `TransferPlan` of it."""
+    """Everything that each rank makes the same `TransferPlan` of; rank 0 publishes it."""
 
     landings: dict[str, bytes]
     """`LandingPlan.to_bytes()` by digest, every different one once."""
     workers: list[str]
     """Digest of each worker's plan, engine by engine."""
     digest: str
-    """Of the transfer plan."""
+    """Digest of the transfer plan."""
+
+
+class Invitation(msgspec.Struct, frozen=True):
+    """What rank 0 gives the other ranks to join the lanes, or why there are none. Empty from other ranks."""
+
+    address: str = ""
+    """Address of the groups' store, which has the blueprint."""
+    parts: int = 0
+    """Parts of the blueprint in the store."""
+    outcome: StepOutcome = StepOutcome()
 
 
 class Lanes:
-    """The transfer plan, and the groups of the lanes that this trainer rank sends."""
+    """The transfer plan, the groups of the lanes that this trainer rank sends, and their sender.
+
+    lanes.open("sync/0/1", join_deadline=Deadline(43), deadline=Deadline(48))      # only the first time is work
+    error = lanes.send(deadline=Deadline(48), timer=PhaseTimer(), checksums=False)
+    """
 
     def __init__(
         self,
-        pool: Pool,
+        client: EngineClient,
         agreement: Agreement,
-        manifest: Manifest,
+        source: WeightSource,
         *,
         config: RolloutConfig,
         rank: int,
-        cards: Sequence[Card],
+        host: str,
+        ranks: Sequence[RankInfo],
     ) -> None:
-        self._pool = pool
+        self._client = client
         self._agreement = agreement
-        self._manifest = manifest
+        self._source = source
         self._config = config
         self._rank = rank
-        self._cards = cards
+        self._host = host
+        self._ranks = ranks
         on_gpu = config.resolved_device() == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._store: dist.TCPStore | None = None
-        self.groups: dict[int, Group] = {}
+        self._groups: dict[int, Group] = {}
+        self._sender: WeightBroadcaster | None = None
         self.plan: TransferPlan | None = None
 
-    def open(self, topic: str, host: str, deadline: Deadline) -> TransferPlan:
+    def open(self, topic: str, *, join_deadline: Deadline, deadline: Deadline) -> None:
         """Make the plan and join the groups, unless that is done. Collective over the trainer ranks.
 
-        Rank 0 asks every worker where the parameters land. Raises on all ranks, with the same words, if anything
-        fails on any; `topic` must be new each time.
+        Rank 0 asks every worker where the parameters land. Raises `SyncError` with the same failures on all ranks if
+        anything fails on any; `topic` must be new each time. `deadline` leaves time after `join_deadline` to agree.
         """
         if self.plan is not None:
-            return self.plan
-        work = Deadline(max(deadline.left_s() * (1.0 - TELLING_SHARE), 0.001))
-        told = self._prepare(host, work) if self._rank == 0 else ""
-        told = self._agreement.decide(f"{topic}/lanes", "", lambda _: told, deadline=deadline)
-        if not told.startswith(PREPARED):
-            raise RollcastError(told.removeprefix(FAILED))
-        count, _, address = told.removeprefix(PREPARED).partition(" ")
-        plan, store, words = None, None, ""
+            return
+        agree = partial(agree_on, self._agreement, deadline=deadline)
+        invitation = self._invite(join_deadline) if self._rank == 0 else Invitation()
+        verdict = self._agreement.decide(f"{topic}/lanes", invitation, _of_rank_0, deadline=deadline)
+        if verdict.value is None:
+            raise RollcastError(verdict.error)
+        verdict.value.outcome.raise_failures()
+        address = verdict.value.address
+        plan, store, outcome = None, None, StepOutcome()
         try:
-            store = connect_store(address, work)
-            plan = self._plan(store, int(count))
+            store = connect_store(address, join_deadline)
+            plan = self._read_plan(store, verdict.value.parts)
         except Exception as error:
-            words = str(error) or type(error).__name__
+            outcome = StepOutcome.of_error(error, phase="plan")
         # From here on nobody is late: rank 0 may give up, and end the store, at any time.
-        words = self._agreement.decide(f"{topic}/planned", words, first_error, deadline=deadline)
-        if words or plan is None or store is None:
-            raise RollcastError(words)
+        agree(f"{topic}/planned", outcome).raise_failures()
+        assert plan is not None and store is not None
         try:
-            self._join(plan, store, address, work)
+            self._join(plan, store, address, join_deadline)
         except Exception as error:
-            words = str(error) or type(error).__name__
-        words = self._agreement.decide(f"{topic}/joined", words, first_error, deadline=deadline)
-        if words:
-            raise RollcastError(words)
+            outcome = StepOutcome.of_error(error, phase="join")
+        agree(f"{topic}/joined", outcome).raise_failures()
+        self._sender = WeightBroadcaster(self._source, plan, rank=self._rank, device=self.device)
         self.plan = plan
-        return plan
+
+    def send(self, *, deadline: Deadline, timer: PhaseTimer, checksums: bool) -> Exception | None:
+        """Send every weight once. Collective over the trainer ranks.
+
+        An error is returned, not raised: the other ranks may have another pass over the weights before them.
+        """
+        assert self._sender is not None
+        try:
+            # The ranks have compared their manifests when they agreed to start.
+            self._sender.send(self._groups, deadline=deadline, timer=timer, checksums=checksums, peeked=True)
+        except Exception as error:
+            _close_all(self._groups.values())
+            return error
+        return None
+
+    def leaver(self) -> Callable[[], None]:
+        """Return a function, for any thread, that leaves the present groups and so ends every transfer under way."""
+        return partial(_close_all, [*self._groups.values()])
+
+    def release(self) -> None:
+        """Release buffers and references to the weights' memory; the groups stay."""
+        if self._sender is not None:
+            self._sender.release()
 
     def close(self) -> None:
         """Leave all groups; the next `open` makes a new plan. Idempotent."""
-        for group in self.groups.values():
-            group.close()
-        self.groups, self.plan, self._store = {}, None, None
+        _close_all(self._groups.values())
+        self._groups, self.plan, self._store = {}, None, None
 
-    def _prepare(self, host: str, deadline: Deadline) -> str:
-        """Rank 0: collect the workers' landing plans. What to tell the others, failure included."""
+    def _invite(self, deadline: Deadline) -> Invitation:
+        """Rank 0: collect the workers' landing plans and publish a blueprint made of them."""
         try:
-            replies = self._pool.ask_all(Prepare(self._manifest.to_bytes()), deadline=deadline)
+            replies = self._client.request_each(Prepare(self._source.manifest.to_bytes()), deadline=deadline)
             digests = [expect(reply, Prepared).digests for reply in replies]
             landings: dict[str, bytes] = {}
-            for engine, its in enumerate(digests):
-                if not landings.keys() >= set(its):
-                    reply = self._pool.request(engine, DescribeLanding())
-                    (plans,) = collect([reply], deadline=deadline)
-                    landings |= zip(its, expect(plans, LandingPlans).plans, strict=True)
-            self._store, address = host_store(host, timeout_s=deadline.left_s())
-            blueprint = Blueprint(landings, [digest for its in digests for digest in its], "")
-            blueprint = msgspec.structs.replace(blueprint, digest=self._make(blueprint).digest)
-            return f"{PREPARED}{self._publish(blueprint)} {address}"
+            for engine, of_engine in enumerate(digests):
+                if not landings.keys() >= set(of_engine):
+                    request = self._client.request(engine, DescribeLanding())
+                    (reply,) = collect({engine: request}, deadline=deadline)
+                    landings |= zip(of_engine, expect(reply, LandingPlans).plans, strict=True)
+            self._store, address = host_store(self._host, timeout_s=deadline.left_s())
+            blueprint = Blueprint(landings, [digest for of_engine in digests for digest in of_engine], "")
+            blueprint = msgspec.structs.replace(blueprint, digest=self._build_plan(blueprint).digest)
+            return Invitation(address, _publish(blueprint, self._store))
         except Exception as error:
-            return FAILED + (str(error) or type(error).__name__)
+            return Invitation(outcome=StepOutcome.of_error(error, phase="prepare"))
 
-    def _publish(self, blueprint: Blueprint) -> int:
-        """Rank 0: put the blueprint into the groups' store; the number of its parts."""
-        assert self._store is not None
-        text = base64.b64encode(msgspec.msgpack.encode(blueprint)).decode()
-        starts = range(0, len(text), PART_BYTES)
-        for part, start in enumerate(starts):
-            self._store.set(f"blueprint/{part}", text[start : start + PART_BYTES])
-        return len(starts)
-
-    def _make(self, blueprint: Blueprint) -> TransferPlan:
-        # Not at the top: `python -m rollcast.rollout.landing` must not find itself imported.
-        from rollcast.rollout.landing.plan import LandingPlan
-
-        landings = {digest: LandingPlan.from_bytes(plan).moves for digest, plan in blueprint.landings.items()}
+    def _build_plan(self, blueprint: Blueprint) -> TransferPlan:
         return build_transfer(
-            self._manifest,
-            landings,
+            self._source.manifest,
+            {digest: LandingPlan.from_bytes(plan).moves for digest, plan in blueprint.landings.items()},
             blueprint.workers,
             senders=self._config.trainers,
             bucket_bytes=self._config.bucket_bytes,
             paired=self._config.colocate,
         )
 
-    def _plan(self, store: dist.Store, parts: int) -> TransferPlan:
-        """The plan that rank 0 has published."""
+    def _read_plan(self, store: dist.Store, parts: int) -> TransferPlan:
+        """Make the plan of the blueprint that rank 0 has published."""
         text = b"".join(store.get(f"blueprint/{part}") for part in range(parts))
         blueprint = msgspec.msgpack.decode(base64.b64decode(text), type=Blueprint)
-        plan = self._make(blueprint)
+        plan = self._build_plan(blueprint)
         if plan.digest != blueprint.digest:
             raise ValueError(
                 f"trainer rank {self._rank} made another transfer plan than rank 0: run one version of rollcast"
@@ -166,23 +203,25 @@ class Lanes:
 
     def _join(self, plan: TransferPlan, store: dist.Store, address: str, deadline: Deadline) -> None:
         """Join this rank's lanes; rank 0 also makes the workers join."""
-        joining: list[Future[Any]] = self._send_for_workers(plan, address, deadline) if self._rank == 0 else []
-        # On a thread: an engine that fails to join is heard of at once, not when the deadline is over.
+        joining = self._request_join(plan, address, deadline) if self._rank == 0 else {}
+        # On a thread: an engine that fails to join is noticed at once, not when the deadline is over.
         thread = ThreadPoolExecutor(1, thread_name_prefix="rollcast-join")
         own = thread.submit(self._join_own, plan, store, deadline)
         thread.shutdown(wait=False)
         try:
-            wait([*joining, own], timeout=deadline.left_s(), return_when=FIRST_EXCEPTION)
-            collect([future for future in joining if future.done()])
+            pending: list[Future[Any]] = [*joining.values(), own]
+            wait(pending, timeout=deadline.left_s(), return_when=FIRST_EXCEPTION)
+            collect({engine: reply for engine, reply in joining.items() if reply.done()})
             if not own.done():
-                missing = [str(engine) for engine, future in enumerate(joining) if not future.done()]
-                whose = f"engine {', '.join(missing)}" if missing else "a worker"
-                raise TimeoutError(f"{whose} did not join the weight group at {address} in time")
-            self.groups = own.result()
+                text = f"did not join the weight group at {address} in time"
+                missing = [engine for engine, reply in joining.items() if not reply.done()]
+                failures = [Failure(text=text, engine=engine, phase="join") for engine in missing]
+                raise EngineError(f"a worker {text}" if not missing else "", failures=failures)
+            self._groups = own.result()
             collect(joining, deadline=deadline)
         except Exception:
             own.add_done_callback(_close_late)
-            # On rank 0 this ends the store: whoever waits for peers there fails at once.
+            # On rank 0 this ends the store: ranks that wait for peers there fail at once.
             self._store = None
             raise
 
@@ -197,18 +236,15 @@ class Lanes:
         except dist.DistNetworkError:
             raise RollcastError("trainer rank 0 gave up before all had joined the weight groups") from None
 
-    def _send_for_workers(self, plan: TransferPlan, address: str, deadline: Deadline) -> "list[Future[Any]]":
-        size = self._config.tensor_parallel_size
-        requests: list[Future[Any]] = []
-        for engine in range(self._pool.engines):
+    def _request_join(self, plan: TransferPlan, address: str, deadline: Deadline) -> "dict[int, Future[Reply]]":
+        size, bucket_bytes = self._config.tensor_parallel_size, self._config.bucket_bytes
+        replies: dict[int, Future[Reply]] = {}
+        for engine in range(self._client.engines):
             workers = range(engine * size, (engine + 1) * size)
             assignments = [self._assignment(plan.lane_of(worker), worker) for worker in workers]
-            request = JoinGroup(address, assignments, list(plan.walk), self._config.bucket_bytes, deadline.left_s())
-            requests.append(self._pool.request(engine, request))
-        return requests
-
-    def _transport(self, lane: Lane) -> str:
-        return transport_of(lane, config=self._config, cards=self._cards)
+            request = JoinGroup(address, assignments, list(plan.gather_order), bucket_bytes, deadline.left_s())
+            replies[engine] = self._client.request(engine, request)
+        return replies
 
     def _assignment(self, lane: Lane, worker: int) -> Assignment:
         engine, rank = divmod(worker, self._config.tensor_parallel_size)
@@ -216,23 +252,49 @@ class Lanes:
         label = f"worker {rank} of engine {engine}"
         return Assignment(lane.index, *place, lane.sender, lane.digest, self._transport(lane), label)
 
-
-def _close_late(joining: "Future[dict[int, Group]]") -> None:
-    """Nobody uses groups that were joined too late."""
-    if not joining.cancelled() and joining.exception() is None:
-        for group in joining.result().values():
-            group.close()
+    def _transport(self, lane: Lane) -> str:
+        return choose_transport(lane, config=self._config, ranks=self._ranks)
 
 
-def transport_of(lane: Lane, *, config: RolloutConfig, cards: Sequence[Card]) -> str:
-    """How the lane's bytes travel: as configured, or as the ranks' GPUs allow. `cards` is in rank order."""
+def choose_transport(lane: Lane, *, config: RolloutConfig, ranks: Sequence[RankInfo]) -> str:
+    """Return the transport of a lane: as configured, or for "auto" the fastest that the ranks' GPUs allow.
+
+    `ranks` is in rank order.
+    """
     if config.resolved_device() == "cpu":
         return "gloo"
     if config.transport != "auto":
         return config.transport
-    sender, receivers = cards[lane.sender], [cards[config.trainers + worker] for worker in lane.workers]
-    here = [receiver for receiver in receivers if receiver.host == sender.host]
-    shared = any(receiver.gpu == sender.gpu for receiver in here)
-    # Several readers would share what the sender's links can do, where NCCL's can pass on what they have.
-    single = len(here) == len(receivers) == 1 and sender.links.get(here[0].gpu or "") == NVLINK
-    return "ipc" if shared or single else "nccl"
+    sender, receivers = ranks[lane.sender], [ranks[config.trainers + worker] for worker in lane.workers]
+    local = [receiver for receiver in receivers if receiver.host == sender.host]
+    if any(receiver.gpu == sender.gpu for receiver in local):
+        # NCCL cannot join two ranks on one GPU.
+        return "ipc"
+    # Several readers would share the bandwidth of the sender's links, where NCCL's can pass on what they have.
+    single = len(local) == len(receivers) == 1 and sender.links.get(local[0].gpu or "") == NVLINK
+    messages = sum(len(bucket.messages) for bucket in lane.buckets)
+    return "ipc" if single and messages <= MAX_IPC_MESSAGES else "nccl"
+
+
+def _of_rank_0(invitations: Sequence[Invitation]) -> Invitation:
+    return invitations[0]
+
+
+def _publish(blueprint: Blueprint, store: dist.Store) -> int:
+    """Put the blueprint into the groups' store and return the number of its parts."""
+    text = base64.b64encode(msgspec.msgpack.encode(blueprint)).decode()
+    starts = range(0, len(text), PART_BYTES)
+    for part, start in enumerate(starts):
+        store.set(f"blueprint/{part}", text[start : start + PART_BYTES])
+    return len(starts)
+
+
+def _close_late(joining: "Future[dict[int, Group]]") -> None:
+    """Close groups that were joined too late to be used."""
+    if not joining.cancelled() and joining.exception() is None:
+        _close_all(joining.result().values())
+
+
+def _close_all(groups: Iterable[Group]) -> None:
+    for group in groups:
+        group.close()

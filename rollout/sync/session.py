@@ -1,113 +1,258 @@
-"""What the engines are asked to do in a sync (trainer rank 0; the other ranks ask nothing)."""
+"""One attempt to bring all engines to a new version, as two-phase commit (every trainer rank).
 
-from collections.abc import Sequence
+The other two parts of the same story are `engine/sync.py` (engine process) and `worker/sync.py` (vLLM's workers).
+"""
+
 from concurrent.futures import Future, wait
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
-from rollcast.comm import Deadline, Group, TransferPlan
+from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightSource
+from rollcast.comm.agreement import Agreement, unanimous
 from rollcast.comm.report import WorkerReport
-from rollcast.rollout.config import How, RolloutConfig
-from rollcast.rollout.errors import EngineError
+from rollcast.rollout.config import RolloutConfig, SyncOptions
+from rollcast.rollout.errors import EngineError, Failure, SyncError
+from rollcast.rollout.pool import Pool
 from rollcast.rollout.pool.client import collect
-from rollcast.rollout.pool.pool import Pool
-from rollcast.rollout.protocol.messages import Abandon, Commit, Receive, Received, Reply, Request, Settle, expect
+from rollcast.rollout.protocol.messages import AbortSync, Commit, Finalize, Receive, Received, Reply, Request, expect
+from rollcast.rollout.sync.lanes import Lanes
+from rollcast.rollout.sync.outcome import StepOutcome, agree_on
+
+# Shares of `sync_timeout_s`. What is left after the transfer is for the engines' reports of failures, the commit and
+# the agreements on both, so that all ranks raise in time.
+TRANSFER_SHARE = 0.8
+FAILURE_REPORT_SHARE = 0.1
+# Share of the transfer's time for joining groups; the rest is for agreeing on whether all ranks have joined.
+JOIN_SHARE = 0.9
+# Share of the remaining time for the commit; the rest is for agreeing on whether all engines have committed.
+COMMIT_SHARE = 0.9
 
 
-class Commands:
-    """Requests of one rank's broadcaster, to every engine of its pool."""
+@dataclass(frozen=True, slots=True)
+class TimeBudget:
+    """The deadlines of one attempt: every share of `sync_timeout_s` is taken here."""
 
-    def __init__(self, pool: Pool, *, config: RolloutConfig, rank: int) -> None:
-        self._pool = pool
-        self._config = config
-        self._engines = range(pool.engines if rank == 0 else 0)
+    total: Deadline
+    transfer: Deadline
+    """Ends opening lanes, receiving and sending."""
+    join: Deadline
+    """Ends joining the lanes' groups."""
+
+    @classmethod
+    def start(cls, timeout_s: float) -> "TimeBudget":
+        """Return the deadlines of an attempt that begins now."""
+        transfer_s = timeout_s * TRANSFER_SHARE
+        return cls(Deadline(timeout_s), Deadline(transfer_s), Deadline(transfer_s * JOIN_SHARE))
 
     @property
-    def alone(self) -> bool:
-        """Whether one trainer talks to one engine, whose word is all that a decision would be made of."""
-        return self._pool.engines == 1 and self._config.trainers == 1
+    def failure_report_s(self) -> float:
+        """Seconds that engines have to report why they failed, after a failure here."""
+        return self.total.timeout_s * FAILURE_REPORT_SHARE
 
-    def receive(
+    def commit(self) -> Deadline:
+        """Return the deadline of a commit that begins now."""
+        return Deadline(max(self.total.left_s() * COMMIT_SHARE, 0.1))
+
+
+class SyncSession:
+    """One attempt of a sync, on one trainer rank; rank 0 also directs the engines.
+
+        session = SyncSession(version, options, topic="sync/0/3", ...)
+        report = session.run()
+
+    The steps, in order: agree on what is sent, open lanes, receive (engines) and send (trainers), agree that all have
+    the weights, commit (engines switch to them), agree that all have committed, finalize (engines release what they
+    generated meanwhile). A failure before the last agreement aborts the attempt on every engine and raises the same
+    `SyncError` on every rank.
+    """
+
+    def __init__(
         self,
-        replies: "list[Future[Reply]]",
         version: int,
-        how: How,
+        options: SyncOptions,
         *,
-        plan: TransferPlan,
-        groups: Sequence[Group],
-        deadline: Deadline,
-    ) -> Exception | None:
-        """Make every engine receive. What went wrong, if anything: the ranks must walk their weights first."""
+        served_version: int,
+        topic: str,
+        source: WeightSource,
+        pool: Pool,
+        agreement: Agreement,
+        lanes: Lanes,
+        config: RolloutConfig,
+        rank: int,
+    ) -> None:
+        self._version = version
+        self._options = options
+        self._served_version = served_version
+        self._topic = topic
+        self._source = source
+        self._pool = pool
+        self._agreement = agreement
+        self._lanes = lanes
+        self._config = config
+        self._rank = rank
+        # The engines that this rank sends requests to.
+        self._engines = range(pool.client.engines if rank == 0 else 0)
+        self._receiving: dict[int, Future[Reply]] = {}
+        self._timer = PhaseTimer()
+        self.committed = False
+        """Whether all ranks have agreed that every engine has committed."""
 
-        def leave_if_failed(done: "Future[Reply]") -> None:
-            # A broadcast to a worker that gave up would last until the deadline; leaving the groups ends it.
-            if done.exception():
-                for group in groups:
-                    group.close()
+    @property
+    def _alone(self) -> bool:
+        """Whether one trainer syncs one engine, which then commits by itself: its reply is the only vote."""
+        return self._pool.client.engines == 1 and self._config.trainers == 1
 
+    def run(self) -> SyncReport:
+        """Make the attempt. Collective over the trainer ranks.
+
+        Raises `ValueError` where ranks disagree or the version does not grow, and `SyncError` on failure.
+        """
+        with self._timer("plan"):
+            self._agree_to_start()
+        try:
+            workers = self._carry_out()
+        except SyncError:
+            raise
+        except BaseException as error:
+            # Else the engines would hold back their outputs for ever.
+            self._leave_early(error)
+            raise
+        report = SyncReport.of(self._version, self._source.manifest.nbytes, self._timer, workers)
+        self._pool.metrics.synced(report)
+        return report
+
+    def _agree_to_start(self) -> None:
+        """Make sure that all ranks are about to send the same: a rank with another plan would hang the others."""
+        options, current = self._options, self._source.peek_manifest()
+        kind = "self-test" if options.unchanged else f"{options.mode}, verify {options.verify}"
+        weights = f"weights {current.digest[:16]}{self._source.settings}"
+        call = f"version {self._version} after {self._served_version}, {kind}, {weights}"
+        deadline = Deadline(self._config.trainer_timeout_s)
+        verdict = self._agreement.decide(f"{self._topic}/plan", call, unanimous, deadline=deadline)
+        if verdict.late_rank is not None:
+            raise SyncError(
+                f"sync of version {self._version} did not start: {verdict.error} (trainer_timeout_s)",
+                failures=[Failure(text=verdict.error, phase="agree")],
+            )
+        if verdict.error:
+            raise ValueError(verdict.error)
+        self._source.check_unchanged(current)
+        if self._version <= self._served_version and not options.unchanged:
+            raise ValueError(f"version must grow: {self._version} after {self._served_version}")
+
+    def _carry_out(self) -> list[WorkerReport]:
+        """Transfer the weights, then commit and finalize, or abort and raise the same `SyncError` on every rank."""
+        budget = TimeBudget.start(self._config.sync_timeout_s)
+        workers: list[WorkerReport] = []
+        error: Exception | None = None
+        try:
+            workers = self._transfer(budget)
+        except Exception as caught:
+            error = caught
+        with self._timer("control"):
+            outcome = self._agree("sent", self._transfer_outcome(error, budget), budget)
+            if not outcome.failures and not self._alone:
+                outcome = self._agree("committed", self._commit(budget.commit()), budget)
+            if outcome.failures:
+                self._abort(outcome)
+                message = f"sync of version {self._version} failed: {outcome.message}"
+                raise SyncError(message, failures=outcome.failures) from error
+            self.committed = True
+            self._finalize()
+        return workers
+
+    def _transfer(self, budget: TimeBudget) -> list[WorkerReport]:
+        """Open lanes, let the engines receive, and send. Returns the workers' reports on rank 0."""
+        with self._timer("plan"):
+            self._lanes.open(self._topic, join_deadline=budget.join, deadline=budget.transfer)
+        error = self._receive(budget.transfer)
+        # A rank that has failed sends all the same: the others gather shards with it and would wait for it.
+        for verifying in (False, True)[: 2 if self._options.verify == "full" else 1]:
+            checksums = self._options.verify != "none" and not verifying
+            sent = self._lanes.send(deadline=budget.transfer, timer=self._timer, checksums=checksums)
+            error = error or sent
+        if error is not None:
+            raise error
+        with self._timer("control"):
+            replies = collect(self._receiving, deadline=budget.transfer, spin=True)
+        received = [worker for reply in replies for worker in expect(reply, Received).workers]
+        return [WorkerReport(worker.rank, worker.phases_s) for worker in received]
+
+    def _receive(self, deadline: Deadline) -> Exception | None:
+        """Rank 0: let every engine receive. An error is returned, because the ranks must send before they raise."""
+        plan, leave_groups = self._lanes.plan, self._lanes.leaver()
+        assert plan is not None
         size = self._config.tensor_parallel_size
+
+        def leave_if_failed(reply: "Future[Reply]") -> None:
+            # A broadcast to a worker that gave up would last until the deadline; leaving the groups ends it.
+            if reply.exception():
+                leave_groups()
+
         try:
             for engine in self._engines:
                 workers = range(engine * size, (engine + 1) * size)
                 request = Receive(
-                    version=version,
+                    version=self._version,
                     digests=[plan.lane_of(worker).digest for worker in workers],
                     first_rank=1 + engine * size,
-                    prefix_cache=self._config.prefix_cache,
-                    alone=self.alone,
+                    alone=self._alone,
                     timeout_s=deadline.left_s(),
-                    **asdict(how),
+                    **asdict(self._options),
                 )
-                replies.append(self._pool.request(engine, request))
-                replies[-1].add_done_callback(leave_if_failed)
+                self._receiving[engine] = self._pool.client.request(engine, request)
+                self._receiving[engine].add_done_callback(leave_if_failed)
         except Exception as error:
             return error
         return None
 
-    def commit(self, version: int, end: Deadline) -> str:
-        """Let every engine switch to the version: what went wrong, or nothing."""
-        if not self._engines:
-            return ""
-        deadline = Deadline(max(end.left_s() * (1.0 - WORDS_SHARE), 0.1))
+    def _transfer_outcome(self, error: Exception | None, budget: TimeBudget) -> StepOutcome:
+        """Return what failed in the transfer: the engines' own failures if there are any, else this rank's error."""
+        if error is None:
+            return StepOutcome()
+        wait(self._receiving.values(), timeout=budget.failure_report_s)
         try:
-            self._pool.ask_all(Commit(version, deadline.left_s()), deadline=deadline)
+            collect({engine: reply for engine, reply in self._receiving.items() if reply.done()})
+        except EngineError as engines:
+            return StepOutcome.of_error(engines, phase="receive")
+        own = StepOutcome.of_error(error, phase="send")
+        silent = [engine for engine, reply in self._receiving.items() if not reply.done()]
+        text = f"no answer (sync_timeout_s is {budget.total.timeout_s:g})"
+        failures = [Failure(text=text, engine=engine, phase="receive") for engine in silent]
+        return StepOutcome((*failures, *own.failures), "\n".join([*map(str, failures), own.message]))
+
+    def _commit(self, deadline: Deadline) -> StepOutcome:
+        """Rank 0: let every engine switch to the version."""
+        if not self._engines:
+            return StepOutcome()
+        try:
+            self._pool.client.request_each(Commit(self._version, deadline.left_s()), deadline=deadline)
         except EngineError as error:
-            return str(error)
-        return ""
+            return StepOutcome.of_error(error, phase="commit")
+        return StepOutcome()
 
-    def settle(self) -> None:
-        """Let every engine hand out what the new version makes. Does not wait."""
-        self._tell(Settle())
+    def _finalize(self) -> None:
+        """Rank 0: let every engine release the outputs of the new version. Does not wait."""
+        self._send_each(Finalize())
 
-    def abandon(self, words: str) -> None:
-        """Tell every engine that the sync has failed, and how. Does not wait."""
-        self._tell(Abandon(words))
+    def _abort(self, outcome: StepOutcome) -> None:
+        """Leave the lanes, and let every engine abort the attempt. Does not wait."""
+        self._pool.metrics.failed()
+        self._lanes.close()
+        self._send_each(AbortSync(outcome.message))
 
-    def _tell(self, request: Request) -> None:
+    def _leave_early(self, error: BaseException) -> None:
+        """Finalize the attempt on the engines if it was committed, else abort it: this rank ends (Ctrl-C or a bug)."""
+        if self.committed:
+            self._finalize()
+            return
+        try:
+            self._lanes.close()
+        finally:
+            self._send_each(AbortSync(f"trainer rank {self._rank} gave it up: {type(error).__name__}"))
+
+    def _send_each(self, request: Request) -> None:
         for engine in self._engines:
-            self._pool.request(engine, request)
+            self._pool.client.request(engine, request)
 
-
-# Of a sync's timeout: how long an engine may take to say what went wrong.
-WORDS_SHARE = 0.1
-
-
-def worker_reports(replies: Sequence[Reply]) -> list[WorkerReport]:
-    """What every worker of every engine says of a sync."""
-    return [
-        WorkerReport(worker.rank, worker.phases_s) for reply in replies for worker in expect(reply, Received).workers
-    ]
-
-
-def words_of(error: Exception | None, receiving: "Sequence[Future[Reply]]", *, timeout_s: float) -> str:
-    """What went wrong in a sync of `timeout_s`, for ranks and user: an engine's own words if it has any."""
-    if error is None:
-        return ""
-    wait(receiving, timeout=timeout_s * WORDS_SHARE)
-    try:
-        collect([future for future in receiving if future.done()])
-    except EngineError as theirs:
-        return str(theirs)
-    silent = [str(engine) for engine, future in enumerate(receiving) if not future.done()]
-    suffix = f"; no answer from engine {', '.join(silent)}" if silent else ""
-    timeout = f" (sync_timeout_s is {timeout_s:g})" if silent else ""
-    return (str(error) or type(error).__name__) + suffix + timeout
+    def _agree(self, step: str, outcome: StepOutcome, budget: TimeBudget) -> StepOutcome:
+        return agree_on(self._agreement, f"{self._topic}/{step}", outcome, deadline=budget.total)

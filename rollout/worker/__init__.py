@@ -1,5 +1,6 @@
-"""rollcast inside a vLLM worker process."""
+"""rollcast inside a vLLM worker process (worker)."""
 
 from rollcast.rollout.worker.extension import RollcastWorker
+from rollcast.rollout.worker.sync import WorkerSync
 
-__all__ = ["RollcastWorker"]
+__all__ = ["RollcastWorker", "WorkerSync"]

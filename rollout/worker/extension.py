@@ -1,138 +1,93 @@
-"""rollcast inside a vLLM worker process: `worker_extension_cls` (every tensor-parallel rank of every engine).
+"""rollcast in a vLLM worker: `worker_extension_cls` (vLLM worker process, every tensor-parallel rank).
 
-vLLM adds `RollcastWorker` to the bases of its own worker class, so `self` is that worker. Its `__init__` never
-runs, and every attribute must be new to the worker: hence the prefix. What a sync needs at once (`receive`,
-`receive_aside`, `apply`) is called by the worker's bell, on its thread, and is in `synced.py`; all else by vLLM.
+vLLM adds `RollcastWorker` to the bases of its own worker class, so `self` is that worker. `__init__` never runs, and
+every attribute must be new to vLLM's class: hence the prefix. What the methods do is in `WorkerSync`.
 """
 
-import logging
 import sys
 from dataclasses import asdict
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
-from rollcast.comm import Deadline, Lane, Manifest, join_group
+import msgspec
+
+from rollcast.comm import Deadline
 from rollcast.comm.device.nvml import gpu_state, gpu_uuid
-from rollcast.comm.plan.buckets import fill_buckets
-from rollcast.rollout.errors import LandingError
-from rollcast.rollout.landing.lora import is_adapter, register_adapters
 from rollcast.rollout.landing.vllm_reload import choose_cpu_layout
-from rollcast.rollout.protocol.messages import Assignment
-from rollcast.rollout.protocol.worker_channel import Bell
-from rollcast.rollout.worker.fingerprint import fingerprints
-from rollcast.rollout.worker.step_gate import Gate
-from rollcast.rollout.worker.sync import SyncedWorker
+from rollcast.rollout.protocol.worker_channel import attempt
+from rollcast.rollout.worker.fingerprint import fingerprint_sha256
+from rollcast.rollout.worker.sync import WorkerSync
 
 # vLLM imports this module after the worker process has started and before it loads the model, and offers no
 # later hook that is still early enough.
 choose_cpu_layout()
 
-SHOWN = 10
-# While a worker decodes and receives at the same time, neither may keep the interpreter for long.
+# Python threads switch this often: while a worker decodes and receives at the same time, neither may keep the
+# interpreter for long.
 SWITCH_INTERVAL_S = 0.001
-logger = logging.getLogger(__name__)
 
 
-class RollcastWorker(SyncedWorker):
-    """Methods that `AsyncLLM.collective_rpc` calls; arguments and results are plain msgpack values."""
+class RollcastWorker:
+    """The methods that `AsyncLLM.collective_rpc` calls; arguments and results are plain msgpack values.
+
+    A subclass adds methods of its own for `pool.call_workers`, and may replace what a sync does:
+
+        class MyWorker(RollcastWorker):
+            rollcast_sync_class = MyWorkerSync      # a subclass of WorkerSync
+    """
+
+    rollcast_sync_class: ClassVar[type[WorkerSync]] = WorkerSync
+
+    @cached_property
+    def rollcast_sync(self) -> WorkerSync:
+        """This worker's side of the syncs."""
+        return self.rollcast_sync_class(self)
 
     def rollcast_call(self, method: str, args: list[Any]) -> list[Any]:
-        """Call a method by name, for vLLM: see `rollcast_outcome`."""
-        if self.rollcast_gate is None:
-            return self.rollcast_outcome(method, args)
-        with self.rollcast_gate.passing():
-            return self.rollcast_outcome(method, args)
-
-    def rollcast_outcome(self, method: str, args: list[Any]) -> list[Any]:
-        """Call a method by name: [None, its result], or [the text of what it raised, None].
+        """Call a method by name. Return [None, its result], or [what it raised as a `Failure` in a dict, None].
 
         vLLM must not see a worker raise: it would leave the other workers' replies unread, and take each of them
         for the reply to the next call.
         """
-        try:
-            return [None, getattr(self, method)(*args)]
-        except Exception as error:
-            logger.exception("%s failed", method)
-            return [str(error) or type(error).__name__, None]
+        phase = method.removeprefix("rollcast_")
+        with self.rollcast_sync.passing_gate():
+            failure, result = attempt(lambda: getattr(self, method)(*args), worker=self.rollcast_sync.rank, phase=phase)
+        return [msgspec.to_builtins(failure), result]
 
     def rollcast_watch(self, address: str, workers: int, lora_versions: int) -> None:
-        """From now on count steps and tokens, and answer the bell. Called once, before the first request.
-
-        `lora_versions` adapters of zeros are there from then on: 0 for engines without LoRA.
-        """
-        worker: Any = self
-        if lora_versions:
-            register_adapters(self._rollcast_model(), versions=lora_versions)
-        self.rollcast_gate = Gate(worker)
-        self.rollcast_bell = Bell(address, rank=worker.rank, workers=workers, run=self.rollcast_outcome)
+        """See `WorkerSync.watch`."""
+        self.rollcast_sync.watch(address, workers=workers, lora_versions=lora_versions)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     def rollcast_prepare(self, manifest: bytes) -> str:
-        """Compile the landing plan; return its digest. Collective over the engine's workers.
-
-        Raises `LandingError` if the model cannot take the manifest, naming the parameters.
-        """
-        self._rollcast_refuse()
-        weights = Manifest.from_bytes(manifest)
-        self._rollcast_refuse_kind(weights)
-        plan = self._rollcast_compile(weights)
-        if problems := plan.check():
-            shown = "\n  ".join(problems[:SHOWN]) + ("\n  ..." if len(problems) > SHOWN else "")
-            raise LandingError(f"the trainer's weights do not fit the engine's model:\n  {shown}")
-        self.rollcast_landing = self._rollcast_land(plan)
-        return plan.digest
+        """See `WorkerSync.prepare`."""
+        return self.rollcast_sync.prepare(manifest)
 
     def rollcast_describe_landing(self) -> bytes:
-        """The landing plan. Not collective."""
-        return self.rollcast_landing.plan.to_bytes()
+        """Return the landing plan. Not collective."""
+        return self.rollcast_sync.landing.plan.to_bytes()
 
     def rollcast_join(
-        self, address: str, assignments: list[list[Any]], walk: list[int], bucket_bytes: int, timeout_s: float
+        self, address: str, assignments: list[list[Any]], gather_order: list[int], bucket_bytes: int, timeout_s: float
     ) -> None:
-        """Join this worker's lane; its assignment is an `Assignment` as a list. Collective over the lane.
-
-        Raises `ValueError` if this side's buckets differ from the sender's.
-        """
-        self.rollcast_leave()
-        worker: Any = self
-        mine = Assignment(*assignments[worker.rank])
-        buckets = fill_buckets(self.rollcast_landing.plan.moves, walk, bucket_bytes=bucket_bytes)
-        lane = Lane(mine.lane, mine.sender, (), buckets)
-        if lane.digest != mine.digest:
-            raise ValueError(f"worker {worker.rank} made another plan than the trainer: run one version of rollcast")
-        self._rollcast_bind(lane)
-        self.rollcast_group = join_group(
-            mine.transport,
-            address,
-            rank=mine.rank,
-            size=mine.size,
-            deadline=Deadline(timeout_s),
-            device=worker.device,
-            name=f"lane-{mine.lane}",
-            label=mine.label,
+        """See `WorkerSync.join`."""
+        deadline = Deadline(timeout_s)
+        self.rollcast_sync.join(
+            address, assignments, gather_order=gather_order, bucket_bytes=bucket_bytes, deadline=deadline
         )
 
+    def rollcast_leave(self) -> None:
+        """See `WorkerSync.leave`."""
+        self.rollcast_sync.leave()
+
+    def rollcast_release(self) -> None:
+        """See `WorkerSync.release`."""
+        self.rollcast_sync.release()
+
     def rollcast_fingerprint(self) -> dict[str, str]:
-        """SHA-256 of every live parameter and buffer, by vLLM's name, and of what packed linears compute."""
-        return fingerprints(self._rollcast_model())
+        """Return the SHA-256 of every live parameter and buffer by vLLM's name, and of what packed linears compute."""
+        return fingerprint_sha256(self.rollcast_sync.model.module)
 
     def rollcast_gpu_state(self) -> dict[str, int | None]:
-        """Memory and NVLink counters of this worker's GPU: a `GpuState` as a dict."""
-        worker: Any = self
-        return asdict(gpu_state(gpu_uuid(worker.device)))
-
-    def _rollcast_refuse(self) -> None:
-        """Settings under which weights move or change their names while the engine runs."""
-        worker: Any = self
-        if getattr(worker.vllm_config.parallel_config, "enable_eplb", False):
-            raise LandingError("expert load balancing moves experts between workers: set enable_eplb to False")
-
-    def _rollcast_refuse_kind(self, manifest: Manifest) -> None:
-        """Full weights for an engine with LoRA, and the other way round."""
-        adapter, wanted = is_adapter(manifest), self._rollcast_has_lora()
-        if wanted and not adapter:
-            raise LandingError(
-                "an engine with enable_lora wraps its layers, and full weights cannot be synced into it: set lora_rank "
-                "and send a peft model's adapter, or start the engines without LoRA"
-            )
-        if adapter and not wanted:
-            raise LandingError("an engine without LoRA takes no adapters: start the engines with lora_rank")
+        """Return the memory and NVLink counters of this worker's GPU: a `GpuState` as a dict."""
+        return asdict(gpu_state(gpu_uuid(self.rollcast_sync.device)))

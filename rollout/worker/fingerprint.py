@@ -1,4 +1,4 @@
-"""What a worker's weights are, in a few bytes: live tensors, and what packed linears compute (worker)."""
+"""Fingerprints of a worker's weights: live tensors, and what packed linears compute (vLLM worker process)."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,24 +11,24 @@ from rollcast.comm.device.checksum import checksum
 from rollcast.comm.device.storage import flat_bytes
 from rollcast.rollout.landing.vllm_reload import Tensors, live_tensors, probe
 
-SHOWN = 10
+SHOWN_NAMES = 10
 
 
-def hashes(model: nn.Module) -> dict[str, int]:
-    """A 64-bit hash of every live parameter and buffer, made on its device, by vLLM's name."""
+def fingerprint_64bit(model: nn.Module) -> dict[str, int]:
+    """Return a 64-bit checksum of every live parameter and buffer by vLLM's name, computed on its device."""
     return {name: int(checksum(flat_bytes(tensor))) for name, tensor in _tensors(model).items()}
 
 
-def fingerprints(model: nn.Module) -> dict[str, str]:
-    """The same as SHA-256, which anyone can compute."""
+def fingerprint_sha256(model: nn.Module) -> dict[str, str]:
+    """Return the SHA-256 of every live parameter and buffer by vLLM's name: any other program can compute it, too."""
     return {name: _sha256(tensor) for name, tensor in _tensors(model).items()}
 
 
 def raise_if_changed(before: Mapping[str, int], after: Mapping[str, int]) -> None:
-    """Raise `VerifyError` naming the tensors whose hashes differ."""
+    """Raise `VerifyError` naming the tensors whose checksums differ."""
     changed = [name for name in before if before[name] != after.get(name)]
     if changed:
-        shown = ", ".join(changed[:SHOWN]) + (", ..." if len(changed) > SHOWN else "")
+        shown = ", ".join(changed[:SHOWN_NAMES]) + (", ..." if len(changed) > SHOWN_NAMES else "")
         raise VerifyError(
             f"self-test: {len(changed)} of {len(before)} tensors changed in a sync that should change nothing: "
             f"{shown}. Either the trainer did not start from the engine's checkpoint, or weights land in wrong places"
@@ -37,7 +37,7 @@ def raise_if_changed(before: Mapping[str, int], after: Mapping[str, int]) -> Non
 
 def _tensors(model: nn.Module) -> Tensors:
     probes = {f"{path} (computed)": probe(module) for path, module in model.named_modules()}
-    return live_tensors(model) | {name: made for name, made in probes.items() if made is not None}
+    return live_tensors(model) | {name: output for name, output in probes.items() if output is not None}
 
 
 def _sha256(tensor: torch.Tensor) -> str:

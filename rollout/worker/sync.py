@@ -1,247 +1,292 @@
-"""What a sync does in a vLLM worker (every tensor-parallel rank of every engine)."""
+"""One worker's side of a sync (vLLM worker process: every tensor-parallel rank of every engine)."""
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
-from rollcast.comm import Deadline, Group, Lane, Manifest, PhaseTimer, WeightReceiver
-from rollcast.comm.deadline import nap
+from rollcast.comm import Deadline, Group, Lane, Manifest, PhaseTimer, WeightReceiver, fill_buckets, join_group
+from rollcast.comm.deadline import poll_sleep
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.apply import LiveLanding
-from rollcast.rollout.landing.compiler import compile_landing
-from rollcast.rollout.landing.lora import AdapterLanding, compile_adapter
-from rollcast.rollout.landing.plan import LandingPlan
-from rollcast.rollout.protocol.worker_channel import Bell
-from rollcast.rollout.worker.fingerprint import hashes, raise_if_changed
+from rollcast.rollout.landing.lora import AdapterLanding
+from rollcast.rollout.protocol.messages import Assignment
+from rollcast.rollout.protocol.worker_channel import WorkerEndpoint
+from rollcast.rollout.worker.fingerprint import fingerprint_64bit, raise_if_changed
+from rollcast.rollout.worker.model import WorkerModel
 from rollcast.rollout.worker.shadow import Shadow, spare_bytes
-from rollcast.rollout.worker.step_gate import Gate
+from rollcast.rollout.worker.step_gate import StepGate
 
 MOVED = "{} was moved while weights were on their way: sync again"
 
 
-def wait_until_ready(group: Group, gate: Gate, deadline: Deadline) -> None:
-    """Until the first broadcast can start."""
-    start = time.perf_counter()
-    while not group.ready():
-        deadline.left("the trainer's first bucket")
-        nap(start, gentle=gate.busy)
+class WorkerSync:
+    """Takes one vLLM worker from one version of the weights to the next.
 
+    vLLM's thread calls `watch`, `prepare`, `join`, `leave` and `release`, through `RollcastWorker`. The endpoint's
+    thread calls `receive`, `receive_shadow` and `apply`, whatever vLLM is doing: they change weights between two steps.
+    """
 
-class SyncedWorker:
-    """The part of `RollcastWorker` that the bell calls, on its own thread."""
+    def __init__(self, worker: Any) -> None:
+        """Nothing of vLLM's `worker` is read before a method needs it."""
+        self.model = WorkerModel(worker)
+        self.gate: StepGate | None = None
+        self.group: Group | None = None
+        self.receiver: WeightReceiver | None = None
+        self.shadow: Shadow | None = None
+        self.landing: LiveLanding | AdapterLanding
+        """Set by `prepare`, and again when vLLM has moved tensors."""
+        self._worker = worker
+        self._endpoint: WorkerEndpoint
+        # The gate's count when the live tensors were last seen in their places.
+        self._other_calls_seen = -1
 
-    rollcast_group: Group | None = None
-    rollcast_gate: Gate | None = None
-    rollcast_bell: Bell
-    rollcast_landing: LiveLanding | AdapterLanding
-    rollcast_receiver: WeightReceiver
-    rollcast_shadow: Shadow | None = None
-    rollcast_seen: int = -1
-    """The gate's count of calls when the live tensors were last found where they are."""
+    @property
+    def rank(self) -> int:
+        """This worker's rank in its engine."""
+        return self._worker.rank
 
-    def rollcast_receive(
-        self, version: int, digests: list[str], slot: int, verify: str, unchanged: bool, timeout_s: float
+    @property
+    def device(self) -> torch.device:
+        """This worker's device."""
+        return self._worker.device
+
+    def watch(self, address: str, *, workers: int, lora_versions: int) -> None:
+        """Count tokens and answer the engine process at `address` from now on. Called once, before any request.
+
+        `lora_versions` LoRA slots hold adapters of zeros from then on: 0 for engines without LoRA.
+        """
+        if lora_versions:
+            self.model.register_adapters(lora_versions)
+        self.gate = StepGate(self._worker)
+        self._endpoint = WorkerEndpoint(address, rank=self.rank, workers=workers, run=self._run)
+
+    def passing_gate(self) -> AbstractContextManager[None]:
+        """Let in a call of vLLM's that is not a step. On vLLM's thread."""
+        return nullcontext() if self.gate is None else self.gate.passing()
+
+    def prepare(self, manifest: bytes) -> str:
+        """Compile the landing plan; return its digest. Collective over the engine's workers.
+
+        Raises `LandingError` if the model cannot take the manifest, naming the parameters.
+        """
+        self.model.raise_if_unsupported()
+        plan = self.model.plan(Manifest.from_bytes(manifest))
+        self.landing = self.model.land(plan)
+        return plan.digest
+
+    def join(
+        self,
+        address: str,
+        assignments: list[list[Any]],
+        *,
+        gather_order: list[int],
+        bucket_bytes: int,
+        deadline: Deadline,
+    ) -> None:
+        """Join the group of this worker's lane at `address`. Collective over the lane.
+
+        `assignments` has an `Assignment`, as a list, for each worker of the engine. Raises `ValueError` if the lane's
+        buckets differ from the sender's.
+        """
+        self.leave()
+        assignment = Assignment(*assignments[self.rank])
+        buckets = fill_buckets(self.landing.plan.moves, gather_order, bucket_bytes=bucket_bytes)
+        lane = Lane(assignment.lane, assignment.sender, (), buckets)
+        if lane.digest != assignment.digest:
+            raise ValueError("the worker's transfer plan differs from the trainer's: run one version of rollcast")
+        self._bind(lane)
+        self.group = join_group(
+            assignment.transport,
+            address,
+            rank=assignment.rank,
+            size=assignment.size,
+            deadline=deadline,
+            device=self.device,
+            name=f"lane-{assignment.lane}",
+            label=assignment.label,
+        )
+
+    def receive(
+        self, *, version: int, digests: list[str], slot: int, verify: str, unchanged: bool, deadline: Deadline
     ) -> dict[str, dict[str, Any]]:
         """Receive one sync into the live parameters. Collective over the lane.
 
-        Returns "phases_s" and "tokens": of each request, how many are of the old weights.
+        `digests` are those of the lanes of the engine's workers; `slot` is the LoRA slot to fill; with `unchanged`
+        no tensor may change. Returns "phases_s" and "tokens": each request's output tokens from the old weights.
 
-        `digests` are those of the lanes of the engine's workers; `slot` is where an adapter goes; with `unchanged`
-        no tensor may change. On any failure the worker leaves the group, which makes the sender fail at once, and the
-        parameters are a mixture until a later sync succeeds.
+        On any failure the worker leaves the group, which makes the sender fail at once, and the parameters stay
+        partially updated until a later sync succeeds.
         """
-        timer, deadline = PhaseTimer(), Deadline(timeout_s)
-        with self._rollcast_leaving(), self._rollcast_after_steps(deadline, timer) as (gate, stream):
-            group = self._rollcast_ready(version, digests, slot, gentle=False)
-            before = hashes(self._rollcast_model()) if unchanged else {}
-            how: dict[str, Any] = {"checksums": verify != "none", "meanwhile": self._rollcast_make_sure}
-            self.rollcast_receiver.receive(group, deadline=deadline, timer=timer, **how)
+        timer = PhaseTimer()
+        with self._leave_on_failure(), self._after_steps(deadline, timer) as (gate, stream):
+            group, receiver = self._joined(gate, version=version, digests=digests, slot=slot)
+            group.low_priority = False
+            before = fingerprint_64bit(self.model.module) if unchanged else {}
+            receiver.receive(
+                group, deadline=deadline, timer=timer, checksums=verify != "none", meanwhile=self._raise_if_moved
+            )
             if verify == "full":
-                self.rollcast_receiver.confirm(group, deadline=deadline, timer=timer)
+                receiver.verify(group, deadline=deadline, timer=timer)
             if unchanged:
-                raise_if_changed(before, hashes(self._rollcast_model()))
+                raise_if_changed(before, fingerprint_64bit(self.model.module))
             if stream is not None:
                 # Before the next step begins: nothing else orders it after this stream.
                 stream.synchronize()
-            phases_s = timer.phases_s | {"total": timer.total_s()}
-            return {"phases_s": phases_s, "tokens": gate.steps.tokens()}
+            return {"phases_s": timer.phases_s | {"total": timer.total_s()}, "tokens": gate.tokens.take()}
 
-    def rollcast_receive_aside(
-        self, version: int, digests: list[str], slot: int, verify: str, timeout_s: float
+    def receive_shadow(
+        self, *, version: int, digests: list[str], slot: int, verify: str, deadline: Deadline
     ) -> dict[str, dict[str, Any]]:
         """Receive one sync into spare memory while the engine decodes. Collective over the lane.
 
-        Returns "phases_s". Raises `LandingError` if the memory is not there.
+        Arguments as for `receive`. Returns "phases_s". Raises `LandingError` if there is not enough spare memory.
         """
-        worker: Any = self
-        deadline = Deadline(timeout_s)
-        with self._rollcast_leaving():
-            with self._rollcast_between_steps(deadline) as gate:
-                group = self._rollcast_ready(version, digests, slot, gentle=True)
-                if self.rollcast_shadow is None:
-                    lane = self.rollcast_receiver.lane
-                    with gate.beside() as stream:
-                        gate.follow(stream)
-                        self.rollcast_shadow = Shadow(self.rollcast_landing, lane, device=worker.device)
-            with gate.beside(), torch.no_grad():
-                phases_s = self.rollcast_shadow.receive(group, verify=verify, deadline=deadline)
-                self._rollcast_make_sure()
+        with self._leave_on_failure():
+            with self._between_steps(deadline) as gate:
+                group, receiver = self._joined(gate, version=version, digests=digests, slot=slot)
+                group.low_priority = True
+                if self.shadow is None:
+                    with gate.side_stream() as stream:
+                        gate.order_after_steps(stream)
+                        self.shadow = Shadow(self.landing, receiver.lane, device=self.device)
+            with gate.side_stream(), torch.no_grad():
+                phases_s = self.shadow.receive(group, verify=verify, deadline=deadline)
+                self._raise_if_moved()
                 return {"phases_s": phases_s}
 
-    def rollcast_apply(self, timeout_s: float) -> dict[str, dict[str, Any]]:
-        """Switch to the weights that have been received aside. Later GPU work of this worker uses them.
+    def apply(self, *, deadline: Deadline) -> dict[str, dict[str, Any]]:
+        """Switch to the weights in spare memory: this worker's later GPU work uses them.
 
-        Returns "tokens", as `rollcast_receive` does.
+        Collective over the engine's workers. Returns "tokens", as `receive` does.
         """
-        with self._rollcast_between_steps(Deadline(timeout_s)) as gate:
-            if self.rollcast_shadow is None or (gate.others != self.rollcast_seen and self._rollcast_moved()):
-                raise RuntimeError("the weights were moved while new ones were received: sync again")
-            with gate.in_line():
-                self.rollcast_shadow.apply()
-            return {"tokens": gate.steps.tokens()}
+        with self._between_steps(deadline) as gate:
+            if self.shadow is None:
+                raise RuntimeError("no version has been received into spare memory: sync again")
+            if gate.other_calls != self._other_calls_seen and (moved := self._moved_tensor()) is not None:
+                raise LandingError(MOVED.format(moved))
+            with gate.worker_stream():
+                self.shadow.apply()
+            return {"tokens": gate.tokens.take()}
 
-    def rollcast_release(self) -> None:
-        """Give back what a sync may keep: spare memory, and the trainer's memory that is mapped here. Idempotent."""
-        self.rollcast_shadow = None
-        if hasattr(self, "rollcast_receiver"):
-            self.rollcast_receiver.release()
-        if self.rollcast_group is not None:
-            self.rollcast_group.release()
+    def release(self) -> None:
+        """Free what a sync keeps: spare memory, and mappings of the trainer's memory. Idempotent."""
+        self.shadow = None
+        if self.receiver is not None:
+            self.receiver.release()
+        if self.group is not None:
+            self.group.unmap()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def rollcast_leave(self) -> None:
-        """Leave the weight group. Idempotent."""
-        if self.rollcast_group is not None:
-            self.rollcast_group.close()
-            self.rollcast_group = None
+    def leave(self) -> None:
+        """Leave the lane's group. Idempotent."""
+        if self.group is not None:
+            self.group.close()
+            self.group = None
+
+    def _run(self, method: str, arguments: dict[str, Any], deadline: Deadline) -> Any:
+        """Call a method for the engine process, on the endpoint's thread."""
+        return getattr(self, method)(**arguments, deadline=deadline)
 
     @contextmanager
-    def _rollcast_between_steps(self, deadline: Deadline, prepare: Callable[[], None] | None = None) -> Iterator[Gate]:
-        """On the bell's thread: vLLM begins nothing meanwhile."""
-        gate = self.rollcast_gate
-        assert gate is not None
-        closed = gate.closed(partial(self.rollcast_bell.agree, deadline=deadline), prepare, deadline=deadline)
-        with closed, torch.no_grad(), self._rollcast_settings():
-            yield gate
+    def _between_steps(self, deadline: Deadline, prepare: Callable[[], None] | None = None) -> Iterator[StepGate]:
+        """Close the gate, on the endpoint's thread: vLLM begins no step inside the context."""
+        assert self.gate is not None
+        closed = self.gate.closed(partial(self._endpoint.agree, deadline=deadline), prepare, deadline=deadline)
+        with closed, torch.no_grad(), self.model.vllm_config():
+            yield self.gate
 
     @contextmanager
-    def _rollcast_after_steps(
+    def _after_steps(
         self, deadline: Deadline, timer: PhaseTimer
-    ) -> Iterator[tuple[Gate, torch.cuda.Stream | None]]:
-        """The same, and GPU work waits on a stream of its own until queued steps are done. Meanwhile, bytes travel."""
-        gate, group, receiver = self.rollcast_gate, self.rollcast_group, self.rollcast_receiver
+    ) -> Iterator[tuple[StepGate, torch.cuda.Stream | None]]:
+        """Close the gate, and make GPU work inside the context wait for the steps that are queued.
+
+        Yields the gate and the stream of that work. While the steps run, the first buckets travel already.
+        """
+        gate, group, receiver = self.gate, self.group, self.receiver
         assert gate is not None
+        # The workers of one engine would wait for each other, and the sender for one of them.
+        may_prefetch = self._endpoint.workers == 1
 
-        def start() -> None:
-            if group and alone and gate.busy and receiver.get_ahead(spare_bytes):
-                # Steps need the GPU.
-                group.gentle = True
-                receiver.start(group, deadline=deadline)
+        def start_prefetch() -> None:
+            if group and receiver and may_prefetch and gate.gpu_busy and receiver.prepare_prefetch(spare_bytes):
+                # The steps need the GPU.
+                group.low_priority = True
+                receiver.start_prefetch(group, deadline=deadline)
 
-        # Workers of one engine would wait for each other, and the sender for one of them.
-        alone = self.rollcast_bell.workers == 1
-        with gate.beside() as stream:
-            if group and alone:
-                # The trainer may still gather or pack: the engine need not stand still for that.
-                wait_until_ready(group, gate, deadline)
-                if gate.busy:
-                    receiver.get_ahead(spare_bytes)
+        with gate.side_stream() as stream:
+            if group and receiver and may_prefetch:
+                # The trainer may still gather or pack: the engine decodes on meanwhile.
+                _wait_until_ready(group, gate, deadline)
+                if gate.gpu_busy:
+                    receiver.prepare_prefetch(spare_bytes)
             waited_s = timer.total_s()
-            with self._rollcast_between_steps(deadline, start):
+            with self._between_steps(deadline, start_prefetch):
                 timer.phases_s["gate"] = timer.total_s() - waited_s
-                gate.follow(stream)
+                gate.order_after_steps(stream)
                 yield gate, stream
 
     @contextmanager
-    def _rollcast_leaving(self) -> Iterator[None]:
-        """If it fails, leave the group: that of now, for a later sync may join another."""
-        group = self.rollcast_group
+    def _leave_on_failure(self) -> Iterator[None]:
+        """Leave the group if the context fails: the one of its start, for a later sync may have joined another."""
+        group = self.group
         try:
             yield
         except BaseException:
             if group is not None:
                 group.close()
-            if self.rollcast_group is group:
-                self.rollcast_group = None
+            if self.group is group:
+                self.group = None
             raise
 
-    def _rollcast_model(self) -> nn.Module:
-        worker: Any = self
-        return worker.model_runner.get_model()
+    def _joined(self, gate: StepGate, *, version: int, digests: list[str], slot: int) -> tuple[Group, WeightReceiver]:
+        """Return the group and the receiver, if this worker can receive the sync that was announced."""
+        if self.group is None or self.receiver is None:
+            raise RuntimeError("this worker has not joined its lane's group, or has left it after a failure")
+        self._follow_moved_tensors(gate, self.receiver)
+        if self.receiver.lane.digest != digests[self.rank]:
+            raise ValueError(f"version {version} was announced with another transfer plan than the one joined with")
+        if isinstance(self.landing, AdapterLanding):
+            self.landing.slot = slot
+        return self.group, self.receiver
 
-    def _rollcast_dtype(self) -> torch.dtype:
-        worker: Any = self
-        return worker.model_config.dtype
-
-    def _rollcast_settings(self) -> Any:
-        """vLLM's loaders and kernels ask for the configuration of the moment."""
-        from vllm.config import set_current_vllm_config
-
-        worker: Any = self
-        return set_current_vllm_config(worker.vllm_config)
-
-    def _rollcast_has_lora(self) -> bool:
-        worker: Any = self
-        return worker.vllm_config.lora_config is not None
-
-    def _rollcast_compile(self, manifest: Manifest) -> LandingPlan:
-        with self._rollcast_settings():
-            if self._rollcast_has_lora():
-                return compile_adapter(self._rollcast_model(), manifest)
-            return compile_landing(self._rollcast_model(), manifest, dtype=self._rollcast_dtype())
-
-    def _rollcast_land(self, plan: LandingPlan) -> LiveLanding | AdapterLanding:
-        if self._rollcast_has_lora():
-            return AdapterLanding(plan, self._rollcast_model())
-        return LiveLanding(plan, self._rollcast_model(), dtype=self._rollcast_dtype())
-
-    def _rollcast_follow(self) -> None:
-        """Find the live tensors again if a call of vLLM's has moved any since the last sync."""
-        assert self.rollcast_gate is not None
-        others, seen = self.rollcast_gate.others, self.rollcast_seen
-        if others == seen:
+    def _follow_moved_tensors(self, gate: StepGate, receiver: WeightReceiver) -> None:
+        """Bind to the live tensors again if a call of vLLM's has moved any since the last sync."""
+        if gate.other_calls == self._other_calls_seen:
             return
-        moved, self.rollcast_seen = self._rollcast_moved(), others
+        moved, self._other_calls_seen = self._moved_tensor(), gate.other_calls
         if moved is None:
             return
-        if self.rollcast_receiver.started:
+        if receiver.prefetch_count:
             raise LandingError(MOVED.format(moved))
-        known = self.rollcast_landing.plan
-        plan = self._rollcast_compile(known.manifest)
-        if plan.digest != known.digest:
+        plan = self.model.compile(self.landing.plan.manifest)
+        if plan.digest != self.landing.plan.digest:
             raise LandingError(f"{moved} was replaced and the weights now land elsewhere: sync again to plan anew")
-        self.rollcast_landing = self._rollcast_land(plan)
-        self._rollcast_bind(self.rollcast_receiver.lane)
+        self.landing = self.model.land(plan)
+        self._bind(receiver.lane)
 
-    def _rollcast_moved(self) -> str | None:
-        """A tensor that is not where it was, if any."""
-        return self.rollcast_landing.moved(self._rollcast_model())
+    def _moved_tensor(self) -> str | None:
+        """Return the name of a live tensor that is not where it was, if any."""
+        return self.landing.moved(self.model.module)
 
-    def _rollcast_make_sure(self) -> None:
-        """That the live tensors are where they were, though nothing that could move them has been seen."""
-        if (moved := self._rollcast_moved()) is not None:
+    def _raise_if_moved(self) -> None:
+        """Raise `LandingError` if a live tensor was moved by a call that rollcast does not know."""
+        if (moved := self._moved_tensor()) is not None:
             raise LandingError(MOVED.format(moved))
 
-    def _rollcast_bind(self, lane: Lane) -> None:
-        worker: Any = self
-        self.rollcast_receiver = WeightReceiver(lane, self.rollcast_landing, device=worker.device)
-        self.rollcast_shadow = None
+    def _bind(self, lane: Lane) -> None:
+        self.receiver = WeightReceiver(lane, self.landing, device=self.device)
+        self.shadow = None
 
-    def _rollcast_ready(self, version: int, digests: list[str], slot: int, *, gentle: bool) -> Group:
-        """The group, if this worker can receive the sync that was announced."""
-        worker: Any = self
-        if self.rollcast_group is None:
-            raise RuntimeError("this worker is not in the weight group")
-        self._rollcast_follow()
-        if self.rollcast_receiver.lane.digest != digests[worker.rank]:
-            raise ValueError(f"version {version} was announced with another plan than the one joined with")
-        if isinstance(self.rollcast_landing, AdapterLanding):
-            self.rollcast_landing.slot = slot
-        self.rollcast_group.gentle = gentle
-        return self.rollcast_group
+
+def _wait_until_ready(group: Group, gate: StepGate, deadline: Deadline) -> None:
+    """Wait until the first broadcast can start."""
+    start = time.perf_counter()
+    while not group.ready():
+        deadline.left("the trainer's first bucket")
+        poll_sleep(start, low_priority=gate.gpu_busy)

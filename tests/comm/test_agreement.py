@@ -8,12 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import distributed as dist
 
 from rollcast.comm import Deadline, agreement, host_store, join_group
-from rollcast.comm.agreement import Agreement, first_error
+from rollcast.comm.agreement import Agreement, Verdict, unanimous
 
 SIZE = 3
 LONG_S = 30.0
@@ -34,9 +35,9 @@ class Ranks:
     def start(self, function: Callable, rank: int, *args: object) -> Future[Any]:
         return self.threads.submit(function, self.agreements[rank], *args)
 
-    def decide(self, topic: str, words: list[str]) -> list[str]:
-        """What each rank was told when rank i says `words[i]`."""
-        started = [self.start(say, rank, topic, word) for rank, word in enumerate(words)]
+    def decide(self, topic: str, values: list[str]) -> list[Verdict[str]]:
+        """Return each rank's verdict when rank i contributes `values[i]`."""
+        started = [self.start(decide, rank, topic, value) for rank, value in enumerate(values)]
         return [future.result(LONG_S) for future in started]
 
 
@@ -48,41 +49,75 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     made.threads.shutdown()
 
 
-def say(agreement: Agreement, topic: str, word: str, timeout_s: float = LONG_S) -> str:
-    return agreement.decide(topic, word, "|".join, deadline=Deadline(timeout_s))
+def decide(agreement: Agreement, topic: str, value: str, timeout_s: float = LONG_S) -> Verdict[str]:
+    return agreement.decide(topic, value, "|".join, deadline=Deadline(timeout_s))
 
 
-def test_every_rank_is_told_what_rank_0_makes_of_all_words_in_rank_order(ranks: Ranks) -> None:
-    for topic, words in {"a": ["c", "b", "a"], "b": ["", "", ""], "c": ["é\n", "x" * 10_000, ""]}.items():
-        assert ranks.decide(topic, words) == ["|".join(words)] * SIZE
+def late(rank: int) -> Verdict[str]:
+    return Verdict(error=f"trainer rank {rank} did not come within 0.3 s", late_rank=rank)
 
 
-def test_only_rank_0_judges(ranks: Ranks) -> None:
-    judged: list[int] = []
+def test_every_rank_gets_what_rank_0_makes_of_all_values_in_rank_order(ranks: Ranks) -> None:
+    for topic, values in {"a": ["c", "b", "a"], "b": ["", "", ""], "c": ["é\n", "x" * 10_000, ""]}.items():
+        assert ranks.decide(topic, values) == [Verdict(value="|".join(values))] * SIZE
 
-    def decide(agreement: Agreement, rank: int) -> str:
-        def judge(words: Sequence[str]) -> str:
-            judged.append(rank)
-            return f"{len(words)} words"
 
-        return agreement.decide("topic", "word", judge, deadline=Deadline(LONG_S))
+class Progress(msgspec.Struct, frozen=True):
+    """A value with fields."""
 
-    started = [ranks.start(decide, rank, rank) for rank in range(SIZE)]
-    assert [future.result(LONG_S) for future in started] == ["3 words"] * SIZE
-    assert judged == [0]
+    oldest: dict[int, int]
+    errors: tuple[str, ...] = ()
+
+
+def test_values_are_records(ranks: Ranks) -> None:
+    def merge(values: Sequence[Progress]) -> Progress:
+        return Progress({key: each for value in values for key, each in value.oldest.items()}, ("é",))
+
+    def run(agreement: Agreement, rank: int) -> Verdict[Progress]:
+        return agreement.decide("topic", Progress({rank: 2 * rank}), merge, deadline=Deadline(LONG_S))
+
+    started = [ranks.start(run, rank, rank) for rank in range(SIZE)]
+    expected = Verdict(value=Progress({0: 0, 1: 2, 2: 4}, ("é",)))
+    assert [future.result(LONG_S) for future in started] == [expected] * SIZE
+
+
+def test_only_rank_0_combines(ranks: Ranks) -> None:
+    combined: list[int] = []
+
+    def run(agreement: Agreement, rank: int) -> Verdict[str]:
+        def combine(values: Sequence[str]) -> str:
+            combined.append(rank)
+            return f"{len(values)} values"
+
+        return agreement.decide("topic", "value", combine, deadline=Deadline(LONG_S))
+
+    started = [ranks.start(run, rank, rank) for rank in range(SIZE)]
+    assert [future.result(LONG_S) for future in started] == [Verdict(value="3 values")] * SIZE
+    assert combined == [0]
+
+
+def test_an_error_in_combining_is_the_verdict_of_every_rank(ranks: Ranks) -> None:
+    def run(agreement: Agreement, value: str) -> Verdict[str]:
+        return agreement.decide("topic", value, unanimous, deadline=Deadline(LONG_S))
+
+    started = [ranks.start(run, rank, value) for rank, value in enumerate(["a", "a", "b"])]
+    verdicts = [future.result(LONG_S) for future in started]
+    assert verdicts == [verdicts[0]] * SIZE
+    assert verdicts[0].value is None and verdicts[0].late_rank is None
+    assert verdicts[0].error.startswith("trainer ranks 0 and 2 disagree: a against b; ")
 
 
 def test_fast_ranks_never_mix_up_topics(ranks: Ranks) -> None:
-    def talk(agreement: Agreement, rank: int) -> list[str]:
-        heard: list[str] = []
+    def run(agreement: Agreement, rank: int) -> list[Verdict[str]]:
+        verdicts: list[Verdict[str]] = []
         for turn in range(30):
             if turn % SIZE == rank:
                 time.sleep(0.002)
-            heard.append(say(agreement, f"topic {turn}", f"{turn}.{rank}"))
-        return heard
+            verdicts.append(decide(agreement, f"topic {turn}", f"{turn}.{rank}"))
+        return verdicts
 
-    started = [ranks.start(talk, rank, rank) for rank in range(SIZE)]
-    expected = ["|".join(f"{turn}.{rank}" for rank in range(SIZE)) for turn in range(30)]
+    started = [ranks.start(run, rank, rank) for rank in range(SIZE)]
+    expected = [Verdict(value="|".join(f"{turn}.{rank}" for rank in range(SIZE))) for turn in range(30)]
     assert [future.result(LONG_S) for future in started] == [expected] * SIZE
 
 
@@ -95,48 +130,39 @@ def test_keys_do_not_pile_up(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("missing", [1, 2])
-def test_all_that_came_are_told_who_did_not(ranks: Ranks, missing: int) -> None:
+def test_all_ranks_that_came_get_the_late_rank(ranks: Ranks, missing: int) -> None:
     others = [rank for rank in range(SIZE) if rank != missing]
     start = time.monotonic()
-    told = [future.result(LONG_S) for future in [ranks.start(say, rank, "topic", "here", 0.3) for rank in others]]
-    assert told == [f"trainer rank {missing} did not come within 0.3 s"] * 2
+    started = [ranks.start(decide, rank, "topic", "here", 0.3) for rank in others]
+    assert [future.result(LONG_S) for future in started] == [late(missing)] * 2
     assert 0.3 <= time.monotonic() - start < 3.0
 
 
-def test_without_rank_0_there_is_no_verdict(ranks: Ranks) -> None:
-    for early in [ranks.start(say, rank, "topic", "here", 0.3) for rank in (1, 2)]:
-        with pytest.raises(TimeoutError, match=r"trainer rank 0 did not come within 0\.3 s"):
-            early.result(LONG_S)
+def test_without_rank_0_the_others_name_it(ranks: Ranks) -> None:
+    started = [ranks.start(decide, rank, "topic", "here", 0.3) for rank in (1, 2)]
+    assert [future.result(LONG_S) for future in started] == [late(0)] * 2
     # Rank 0 was only late, and must not go on without the two that gave up.
-    assert "rank 1 did not come" in ranks.start(say, 0, "topic", "here").result(LONG_S)
+    assert ranks.start(decide, 0, "topic", "here").result(LONG_S).late_rank == 1
 
 
 @pytest.mark.parametrize("leaver", range(SIZE))
-def test_a_rank_that_leaves_waits_for_nobody_and_everybody_hears_its_word(ranks: Ranks, leaver: int) -> None:
+def test_a_rank_that_leaves_waits_for_nobody_and_every_rank_gets_its_value(ranks: Ranks, leaver: int) -> None:
     ranks.agreements[leaver].leave("topic", "gone")
-    told = [ranks.start(say, rank, "topic", "") for rank in range(SIZE) if rank != leaver]
-    assert [future.result(LONG_S).strip("|") for future in told] == ["gone"] * 2
+    started = [ranks.start(decide, rank, "topic", "") for rank in range(SIZE) if rank != leaver]
+    values = [future.result(LONG_S).value for future in started]
+    assert [value.strip("|") for value in values] == ["gone"] * 2
 
 
-def test_a_late_rank_is_told_the_same_and_the_next_topic_is_in_step(ranks: Ranks) -> None:
-    early = [ranks.start(say, rank, "first", "here", 0.3) for rank in (0, 1)]
-    verdict = "trainer rank 2 did not come within 0.3 s"
-    assert [future.result(LONG_S) for future in early] == [verdict] * 2
-    assert ranks.start(say, 2, "first", "here").result(LONG_S) == verdict
-    assert ranks.decide("second", ["a", "b", "c"]) == ["a|b|c"] * SIZE
+def test_a_late_rank_gets_the_same_verdict_and_the_next_topic_is_in_step(ranks: Ranks) -> None:
+    early = [ranks.start(decide, rank, "first", "here", 0.3) for rank in (0, 1)]
+    assert [future.result(LONG_S) for future in early] == [late(2)] * 2
+    assert ranks.start(decide, 2, "first", "here").result(LONG_S) == late(2)
+    assert ranks.decide("second", ["a", "b", "c"]) == [Verdict(value="a|b|c")] * SIZE
 
 
 def test_one_rank_needs_no_store() -> None:
     agreement = Agreement(dist.HashStore(), rank=0, size=1)
-    assert [say(agreement, "topic", word) for word in ("a", "b")] == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("words", "verdict"),
-    [(["", "", ""], ""), (["", "b", ""], "b"), (["b", "", "a"], "b\na"), (["b", "a", "b"], "b\na")],
-)
-def test_first_error_tells_every_different_word(words: list[str], verdict: str) -> None:
-    assert first_error(words) == verdict
+    assert [decide(agreement, "topic", value).value for value in ("a", "b")] == ["a", "b"]
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1.5])
@@ -157,7 +183,8 @@ def test_a_deadline_names_what_was_waited_for() -> None:
 def test_waits_on_a_spent_deadline_name_themselves(ranks: Ranks) -> None:
     deadline = Deadline(0.01)
     time.sleep(0.02)
-    assert "trainer rank 0" in ranks.agreements[0].decide("topic", "word", "".join, deadline=deadline)
+    verdict = ranks.agreements[0].decide("topic", "value", "".join, deadline=deadline)
+    assert verdict == Verdict(error="trainer rank 0 did not come within 0.01 s", late_rank=0)
     group = join_group("gloo", dist.HashStore(), rank=0, size=1, deadline=Deadline(LONG_S))
     with pytest.raises(TimeoutError, match="a gloo broadcast"):
         group.broadcast([torch.zeros(1, dtype=torch.uint8)], root=0, deadline=deadline)
@@ -198,7 +225,7 @@ except RuntimeError as error:
 
 
 def test_leaving_ends_a_broadcast_under_way_and_the_process_can_end() -> None:
-    """What `PoolBroadcaster` counts on when an engine fails and its workers still hold the group."""
+    """`PoolBroadcaster` relies on this when an engine fails and its workers are still in the group."""
     run = subprocess.run([sys.executable, "-P", "-c", LEAVE], capture_output=True, text=True, timeout=LONG_S)
     assert "closed while a gloo broadcast was under way" in run.stdout
     assert run.returncode == 0, run.stderr

@@ -1,23 +1,25 @@
-"""A worker that tells how much GPU memory it has."""
+"""A worker that reports how much GPU memory it uses."""
 
 import torch
 
-from rollcast.rollout.worker.extension import RollcastWorker
+from rollcast.rollout.worker import RollcastWorker
 
 
 class GpuWorker(RollcastWorker):
-    """With what the GPU tests ask for."""
+    """Adds the methods that the GPU tests call."""
 
     def memory(self) -> list[int]:
-        """Bytes that torch has allocated, and reserved, in this process."""
+        """Return the bytes that torch has allocated, and reserved, in this process."""
         return [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()]
 
     def fail_next(self) -> None:
-        """The next receive raises before it takes a byte."""
-        receive = self.rollcast_receiver.receive
+        """Make the next receive raise before it takes a byte."""
+        receiver = self.rollcast_sync.receiver
+        assert receiver is not None
+        receive = receiver.receive
 
         def fail(*_: object, **__: object) -> None:
-            self.rollcast_receiver.receive = receive
+            receiver.receive = receive
             raise RuntimeError("the worker was told to fail")
 
-        self.rollcast_receiver.receive = fail
+        receiver.receive = fail

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rollcast.comm import Deadline, host_store, join_group
-from rollcast.comm.transport.base import Parcel
+from rollcast.comm.transport import PersistentTensors
 from rollcast.rollout.job.world import World
 
 RANK = int(os.environ["RANK"])
@@ -41,8 +41,8 @@ def main() -> None:
     where: Any = store or job.get("address").decode()
     label = f"process {RANK}"
     group = join_group(TRANSPORT, where, rank=RANK, size=2, deadline=Deadline(20), device=device, label=label)
-    kept = parcel(device)
-    wrong = [turn for turn in range(ROUNDS) if not exchange(group, kept if turn % 3 else parcel(device), turn)]
+    persistent = zeros(device)
+    wrong = [turn for turn in range(ROUNDS) if not exchange(group, persistent if turn % 3 else zeros(device), turn)]
     facts = {"wrong": wrong, "gb_per_s": speed(group, device), "left": leave(group, device)}
     if RANK == 0:
         Path(REPORT).write_text(json.dumps(facts))
@@ -52,16 +52,16 @@ def main() -> None:
         job.wait(["done"])
 
 
-def parcel(device: torch.device) -> Parcel:
-    return Parcel(torch.zeros(size, dtype=torch.uint8, device=device) for size in SIZES)
+def zeros(device: torch.device) -> PersistentTensors:
+    return PersistentTensors(torch.zeros(size, dtype=torch.uint8, device=device) for size in SIZES)
 
 
-def exchange(group: Any, tensors: Parcel, turn: int) -> bool:
+def exchange(group: Any, tensors: PersistentTensors, turn: int) -> bool:
     """Whether the receiver gets the sender's bytes, by kernel and by copy engine."""
     expected = [(turn * 7 + index) % 251 for index in range(len(SIZES))]
     for tensor, value in zip(tensors, expected, strict=True):
         tensor.fill_(value if RANK == 0 else 255)
-    group.gentle = turn % 2 == 0
+    group.low_priority = turn % 2 == 0
     group.broadcast(tensors, root=0, deadline=Deadline(10)).wait(Deadline(10))
     return all(bool((tensor == value).all()) for tensor, value in zip(tensors, expected, strict=True))
 

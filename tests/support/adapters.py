@@ -1,4 +1,4 @@
-"""Tiny peft models whose adapters have been trained for a few steps."""
+"""Tiny peft models, and a few training steps for their adapters."""
 
 from typing import Any
 
@@ -6,22 +6,22 @@ import torch
 from models import build
 from peft import LoraConfig, get_peft_model
 
-# All that vLLM fuses into qkv_proj but one; all that it fuses into gate_up_proj; what it shards by rows.
+# Two of the three that vLLM fuses into qkv_proj; all of gate_up_proj; layers that it shards by rows.
 TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 RANK = 10
 PROMPTS = [[5, 6, 7], [9, 8, 3, 2], list(range(2, 40)) * 8]
 
 
 def adapted(base: Any = None, **settings: Any) -> Any:
-    """A model (random by default) with an adapter that does nothing yet."""
+    """Return a peft model of `base` (random by default) with an untrained adapter; `settings` are for `LoraConfig`."""
     base = build("untied") if base is None else base
     torch.manual_seed(1)
-    its: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "target_modules": list(TARGETS)}
-    return get_peft_model(base, LoraConfig(**its | settings))
+    defaults: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "target_modules": list(TARGETS)}
+    return get_peft_model(base, LoraConfig(**defaults | settings))
 
 
 def train(model: Any, *, seed: int, steps: int = 3) -> None:
-    """Make random tokens likelier: A and B change, and the base weights do not."""
+    """Train on random tokens for some steps: A and B change, the base weights do not."""
     torch.manual_seed(seed)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.03)

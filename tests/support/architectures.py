@@ -165,7 +165,7 @@ CASES += [case for case in REFUSED if case not in CASES]
 
 
 def build(name: str, *, seed: int) -> Any:
-    """A random float32 model."""
+    """Return a random float32 model."""
     torch.manual_seed(seed)
     config_class, settings = ARCHITECTURES[name]
     config = getattr(transformers, config_class)(**settings)

@@ -8,12 +8,12 @@ from transformers import AutoTokenizer
 from rollcast.launch.grpo.task import CHARACTERS
 from rollcast.launch.grpo.tiny_model import write_tiny_model
 
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}>{% endfor %}"
+TEMPLATE = "{% for message in messages %}{{ message['content'] or '' }}>{% endfor %}{{ ending or '' }}"
 
 
-def write_chat_model(folder: Path) -> None:
-    """The tiny model with a template: every message, and ">" behind it."""
-    write_tiny_model(folder, characters=CHARACTERS, seed=5)
+def write_chat_model(folder: Path, *, characters: str = CHARACTERS) -> None:
+    """Write the tiny model with a template: every message, ">" behind each, and the template's argument `ending`."""
+    write_tiny_model(folder, characters=characters, seed=5)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)

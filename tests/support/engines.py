@@ -20,21 +20,22 @@ from rollcast.comm import (
     Region,
     WeightReceiver,
     WeightSource,
+    fill_buckets,
     host_store,
     join_group,
 )
 from rollcast.comm.agreement import Agreement
-from rollcast.comm.plan.buckets import fill_buckets
 from rollcast.rollout import RolloutConfig
-from rollcast.rollout.errors import EngineError
+from rollcast.rollout.errors import EngineError, Failure
 from rollcast.rollout.landing.plan import LandingPlan
 from rollcast.rollout.pool.client import collect
 from rollcast.rollout.pool.metrics import Metrics
 from rollcast.rollout.protocol.messages import (
-    Abandon,
+    AbortSync,
     Commit,
     DescribeLanding,
     Done,
+    Finalize,
     JoinGroup,
     LandingPlans,
     Prepare,
@@ -42,7 +43,6 @@ from rollcast.rollout.protocol.messages import (
     Receive,
     Received,
     Request,
-    Settle,
     WorkerTimes,
 )
 from rollcast.rollout.sync.broadcaster import PoolBroadcaster
@@ -70,7 +70,7 @@ class Worker:
 
     def join(self, request: JoinGroup) -> None:
         its = request.assignments[self.index]
-        buckets = fill_buckets(self.plan.moves, request.walk, bucket_bytes=request.bucket_bytes)
+        buckets = fill_buckets(self.plan.moves, request.gather_order, bucket_bytes=request.bucket_bytes)
         lane = Lane(its.lane, its.sender, (), buckets)
         assert lane.digest == its.digest
         self.memory.events = []
@@ -84,7 +84,7 @@ class Worker:
         timer, deadline = PhaseTimer(), Deadline(request.timeout_s)
         self.receiver.receive(self.group, deadline=deadline, timer=timer, checksums=request.verify != "none")
         if request.verify == "full":
-            self.receiver.confirm(self.group, deadline=deadline, timer=timer)
+            self.receiver.verify(self.group, deadline=deadline, timer=timer)
         return timer.phases_s
 
     def leave(self) -> None:
@@ -95,7 +95,7 @@ class Worker:
 
 @dataclass
 class Engines:
-    """Stands in for the `Pool` of every trainer rank, and for what is behind it."""
+    """Stands in for the `Pool` of every trainer rank and its client, and for the engines behind them."""
 
     engines: int
     size: int
@@ -106,6 +106,7 @@ class Engines:
     versions: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.client = self
         self.metrics = Metrics()
         self.workers = [[Worker(w, self.size, self.ballast) for w in range(self.size)] for _ in range(self.engines)]
         self._threads = ThreadPoolExecutor(8 * self.engines * (self.size + 1))
@@ -114,20 +115,20 @@ class Engines:
         self.seen.append(request)
         return self._threads.submit(self._answer, engine, request)
 
-    def ask_all(self, request: Request, *, deadline: Deadline | None = None) -> list[Any]:
-        return collect([self.request(engine, request) for engine in range(self.engines)], deadline=deadline)
+    def request_each(self, request: Request, *, deadline: Deadline | None = None) -> list[Any]:
+        return collect({engine: self.request(engine, request) for engine in range(self.engines)}, deadline=deadline)
 
     def _answer(self, engine: int, request: Request) -> Any:
         match request:
             case Prepare():
                 manifest = Manifest.from_bytes(request.manifest)
-                return Prepared(self._all(engine, request, lambda worker: worker.prepare(manifest)))
+                return Prepared(self._all(engine, request, lambda worker: worker.prepare(manifest), phase="prepare"))
             case DescribeLanding():
                 return LandingPlans([worker.plan.to_bytes() for worker in self.workers[engine]])
             case JoinGroup():
-                self._all(engine, request, lambda worker: worker.join(request))
+                self._all(engine, request, lambda worker: worker.join(request), phase="join")
             case Receive():
-                phases = self._all(engine, request, lambda worker: worker.receive(request))
+                phases = self._all(engine, request, lambda worker: worker.receive(request), phase="receive")
                 if request.alone:
                     self.versions[engine] = request.version
                 return Received([WorkerTimes(request.first_rank + w, its) for w, its in enumerate(phases)])
@@ -135,13 +136,13 @@ class Engines:
                 try:
                     self.fault(engine, 0, request)
                 except RuntimeError as error:
-                    raise EngineError(f"engine {engine}: {error}") from error
+                    raise _engine_error(error, engine=engine, phase="commit") from error
                 self.versions[engine] = request.version
-            case Abandon() | Settle():
+            case AbortSync() | Finalize():
                 pass
         return Done()
 
-    def _all(self, engine: int, request: Request, act: Callable[[Worker], Any]) -> list[Any]:
+    def _all(self, engine: int, request: Request, act: Callable[[Worker], Any], *, phase: str) -> list[Any]:
         def run(worker: Worker) -> Any:
             joined = worker.group
             try:
@@ -159,7 +160,11 @@ class Engines:
         except Exception as error:
             for worker in self.workers[engine]:
                 worker.leave()
-            raise EngineError(f"engine {engine}: {error}") from error
+            raise _engine_error(error, engine=engine, phase=phase) from error
+
+
+def _engine_error(error: Exception, *, engine: int, phase: str) -> EngineError:
+    return EngineError(failures=[Failure(text=str(error), engine=engine, phase=phase)])
 
 
 class Sharded(WeightSource):
@@ -170,12 +175,12 @@ class Sharded(WeightSource):
         self.meeting = meeting
         self.walks = 0
 
-    def steady(self) -> None:
+    def stable_tensors(self) -> None:
         """Shards are gathered anew for each sync."""
 
-    def walk(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         self.walks += 1
-        for item in super().walk(order):
+        for item in super().gather(order):
             self.meeting.wait(10.0)
             yield item
 

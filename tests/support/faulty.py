@@ -12,55 +12,51 @@ import torch
 from torch import nn
 
 from rollcast.comm import Deadline, Group
-from rollcast.comm.transport.base import Work
-from rollcast.rollout.worker.extension import RollcastWorker
+from rollcast.comm.transport import Work
+from rollcast.rollout.worker import RollcastWorker, WorkerSync
 
 FAULT = Path(os.environ["FAULT_FILE"])
 
 
-class FaultyWorker(RollcastWorker):
-    """Reads what to do from the file named by FAULT_FILE: "raise", "hang", "flip ...", "move ..." or nothing."""
+class FaultySync(WorkerSync):
+    """Reads its fault from the file named by FAULT_FILE: "raise", "hang", "flip ...", "move ..." or nothing."""
 
-    def rollcast_join(self, *arguments: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().rollcast_join(*arguments)
-        assert self.rollcast_group is not None
-        worker: Any = self
-        self.rollcast_group = FlippingGroup(self.rollcast_group, worker.rank)
+    def join(self, *arguments: Any, **options: Any) -> None:
+        super().join(*arguments, **options)
+        assert self.group is not None
+        self.group = FlippingGroup(self.group, self.rank)
 
-    def rollcast_receive(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, version: int, *arguments: Any
-    ) -> dict[str, dict[str, Any]]:
+    def receive(self, *, version: int, **arguments: Any) -> dict[str, dict[str, Any]]:
         fault = FAULT.read_text()
         if fault == "raise":
-            try:
-                raise RuntimeError(f"the worker dropped version {version} on the floor")
-            finally:
-                self.rollcast_leave()
+            self.leave()
+            raise RuntimeError(f"the worker dropped version {version} on the floor")
         if fault == "hang":
             FAULT.write_text(f"pid {os.getpid()}")
             time.sleep(3600)
         if fault == "flip after the checksum":
-            commit = self.rollcast_landing.commit
-            self.rollcast_landing.commit = lambda: damage(self, commit)  # type: ignore[method-assign]
-        self._move_if_told(fault)
-        return super().rollcast_receive(version, *arguments)
+            commit = self.landing.commit
+            self.landing.commit = lambda: damage(self, commit)  # type: ignore[method-assign]
+        self._move_weights(fault)
+        return super().receive(version=version, **arguments)
 
-    def rollcast_receive_aside(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, version: int, *arguments: Any
-    ) -> dict[str, dict[str, Any]]:
-        self._move_if_told(FAULT.read_text())
-        return super().rollcast_receive_aside(version, *arguments)
+    def receive_shadow(self, **arguments: Any) -> dict[str, dict[str, Any]]:
+        self._move_weights(FAULT.read_text())
+        return super().receive_shadow(**arguments)
 
-    def _move_if_told(self, fault: str) -> None:
+    def _move_weights(self, fault: str) -> None:
         if fault.startswith("move"):
-            assert self.rollcast_gate is not None
-            # As a call of vLLM's; "unseen", as nothing known does.
-            with nullcontext() if "unseen" in fault else self.rollcast_gate.passing():
-                move_weights(self._rollcast_model(), torch.bfloat16 if fault == "move to bfloat16" else torch.float32)
+            # Inside a call of vLLM's; "unseen": outside of any call that rollcast knows.
+            with nullcontext() if "unseen" in fault else self.passing_gate():
+                move_weights(self.model.module, torch.bfloat16 if fault == "move to bfloat16" else torch.float32)
+
+
+class FaultyWorker(RollcastWorker):
+    rollcast_sync_class = FaultySync
 
 
 def move_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """As vLLM might: one parameter gets other memory, one becomes another object, one module becomes another."""
+    """Do as vLLM might: give one parameter other memory, replace another by a new object, and replace a module."""
     layer: Any = model.get_submodule("model.layers.0")
     layer.post_attention_layernorm.weight.data = torch.zeros_like(layer.post_attention_layernorm.weight)
     layer.self_attn.q_norm.weight = nn.Parameter(torch.zeros_like(layer.self_attn.q_norm.weight, dtype=dtype))
@@ -69,19 +65,19 @@ def move_weights(model: nn.Module, dtype: torch.dtype) -> None:
     model.get_submodule("model").norm = norm
 
 
-def damage(worker: RollcastWorker, commit: Any) -> None:
-    """After everything has landed, a bit of a live tensor changes."""
+def damage(sync: WorkerSync, commit: Any) -> None:
+    """Flip a bit of a live tensor after everything has landed."""
     commit()
     if FAULT.read_text():
         FAULT.write_text("")
-        worker.rollcast_landing.live("model.norm.weight").view(torch.uint8)[5] ^= 4
+        sync.landing.live("model.norm.weight").view(torch.uint8)[5] ^= 4
 
 
 class FlippingGroup:
     """Flips a bit of the first tensor that arrives, once: "flip" in any worker, "flip 1" in that of rank 1."""
 
     def __init__(self, group: Group, worker: int) -> None:
-        self.rank, self.size, self.gentle = group.rank, group.size, group.gentle
+        self.rank, self.size, self.low_priority = group.rank, group.size, group.low_priority
         self._faults = ("flip", f"flip {worker}")
         self._group = group
 
@@ -95,7 +91,7 @@ class FlippingGroup:
     def ready(self) -> bool:
         return True
 
-    def release(self) -> None: ...
+    def unmap(self) -> None: ...
 
     def close(self) -> None:
         self._group.close()

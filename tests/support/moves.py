@@ -1,4 +1,4 @@
-"""Random memories of workers, and what a sync must leave in them: torch's own copy, piece by piece."""
+"""Moves of workers: whole parameters, and random ones with what torch's own copies make of them."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class Step:
 
 
 class Sink:
-    """What a worker keeps: targets with their first values, and where each piece goes."""
+    """A worker's memory: targets with their initial values, and the copies that fill them."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -50,7 +50,7 @@ class Sink:
         return Memory(live, stages)
 
     def expected(self, weights: Sequence[torch.Tensor]) -> dict[Key, torch.Tensor]:
-        """Every target after a direct copy of every piece."""
+        """Return every target after a direct copy of every piece."""
         targets = {key: tensor.clone() for key, tensor in self.initial.items()}
         for step in self.steps:
             sent = weights[step.param].to(self.manifest.specs[step.param].dtype).contiguous()
@@ -62,6 +62,15 @@ class Sink:
         return sum(part.numel() * part.element_size() for part in (_taken(self, s.param, s.take) for s in self.steps))
 
 
+def whole_moves(manifest: Manifest) -> tuple[Move, ...]:
+    """Return the moves of a worker that keeps every parameter whole, under the trainer's name."""
+    return tuple(
+        Move(index, region, spec.name, region)
+        for index, spec in enumerate(manifest.specs)
+        if (region := Region.whole(spec.shape, spec.dtype)).numel
+    )
+
+
 def random_values(rng: random.Random, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     values = 4 * torch.randn(tuple(shape), generator=generator)
@@ -69,7 +78,7 @@ def random_values(rng: random.Random, shape: Sequence[int], dtype: torch.dtype) 
 
 
 def random_weights(rng: random.Random) -> dict[str, torch.Tensor]:
-    """A trainer's tensors: every dtype, scalars, tensors without elements, some not contiguous."""
+    """Return a trainer's tensors: every dtype, scalars, tensors without elements, some not contiguous."""
     weights: dict[str, torch.Tensor] = {}
     for index in range(rng.randint(3, 20)):
         shape = rng.choice(SHAPES)
@@ -82,12 +91,15 @@ def random_weights(rng: random.Random) -> dict[str, torch.Tensor]:
 
 
 def flipped(tensor: torch.Tensor) -> torch.Tensor:
-    """All dimensions in reverse."""
+    """Return a view with all dimensions in reverse."""
     return tensor.permute(tuple(range(tensor.dim()))[::-1])
 
 
 def random_sink(rng: random.Random, manifest: Manifest, params: Sequence[int] | None = None) -> Sink:
-    """Every one of `params` (or of all) goes to one or two places: live or staged, alone or not, strided, cast."""
+    """Return a worker that keeps each of `params` (default: all) in one or two targets.
+
+    These are live or staged, of one parameter or several, contiguous or strided, of the wire dtype or another.
+    """
     sink = Sink(manifest)
     pending = [
         (param, take)
@@ -109,7 +121,7 @@ def random_sink(rng: random.Random, manifest: Manifest, params: Sequence[int] | 
 
 
 def random_takes(rng: random.Random, shape: tuple[int, ...]) -> list[View]:
-    """Ways to look at a parameter; none of them is empty."""
+    """Return random views of a parameter, none of them empty."""
     if 0 in shape:
         return []
     first, last = (rng.randrange(size) for size in ((shape or (1,))[0], (shape or (1,))[-1]))
@@ -134,25 +146,25 @@ def _taken(sink: Sink, param: int, take: View) -> torch.Tensor:
 
 
 def _alone(rng: random.Random, sink: Sink, stage: int | None, param: int, take: View) -> None:
-    """A target of its own, which may be larger or lie otherwise."""
+    """Add a target for one piece alone, which may be larger or laid out differently."""
     part = _taken(sink, param, take)
     dtype = rng.choice([part.dtype, part.dtype, torch.float32])
-    ways: list[tuple[tuple[int, ...], View]] = [(tuple(part.shape), lambda t: t)]
+    layouts: list[tuple[tuple[int, ...], View]] = [(tuple(part.shape), lambda t: t)]
     if part.dim():
         *outer, last = part.shape
-        ways += [
+        layouts += [
             ((*outer, last + 3), lambda t: t[..., 1:-2]),
             ((2 * part.shape[0], *part.shape[1:]), lambda t: t[::2]),
             (tuple(reversed(part.shape)), flipped),
         ]
-    shape, put = rng.choice(ways)
+    shape, put = rng.choice(layouts)
     key = stage, f"t{len(sink.initial)}"
     sink.initial[key] = random_values(rng, shape, dtype)
     sink.steps.append(Step(param, take, key, put))
 
 
 def _together(rng: random.Random, sink: Sink, stage: int | None, members: list[tuple[int, View]]) -> None:
-    """One flat target per dtype, where the pieces lie one after the other, some with a gap between."""
+    """Add one flat target per dtype, which holds the pieces one after the other, some with a gap between."""
     ends: dict[torch.dtype, int] = {}
     name, cast = f"t{len(sink.initial)}", rng.random() < 0.3
     for param, take in members:
@@ -171,5 +183,5 @@ def _slot(start: int, shape: tuple[int, ...]) -> View:
 
 
 def indices(region: Region, numel: int) -> list[int]:
-    """Which elements of a tensor of `numel` a region picks, in order."""
+    """Return the indices of the elements that a region selects of a tensor of `numel` elements, in order."""
     return replace(region, dtype=torch.int64).view(torch.arange(numel)).flatten().tolist()

@@ -12,7 +12,7 @@ from rollcast.comm import Manifest, ParamSpec
 from rollcast.rollout.landing.apply import StagedModule
 from rollcast.rollout.landing.compiler import assemble, record
 from rollcast.rollout.landing.plan import LandingPlan
-from rollcast.rollout.landing.tape import carry_out
+from rollcast.rollout.landing.tape import replay
 
 Tensors = dict[str, torch.Tensor]
 Shape = tuple[int, ...]
@@ -37,14 +37,17 @@ class Toy(NamedTuple):
         return random_tensors(self.targets, self.kept, seed=seed)
 
     def native(self, *, seed: int) -> Tensors:
-        """Parameters as the loader itself leaves them."""
+        """Return the parameters as the loader itself leaves them."""
         live = self.parameters()
         with torch.no_grad():
             self.load(iter(self.weights(seed=seed).items()), live)
         return live
 
     def compile(self, *, ties: dict[str, str] | None = None, buffers: Sequence[str] = ()) -> LandingPlan:
-        """The plan, from shapes alone. `ties`: other names of targets. `buffers`: targets that are no parameters."""
+        """Compile the plan from shapes alone.
+
+        `ties` maps other names of targets to these; `buffers` are targets that are no parameters.
+        """
         metas = {name: torch.empty(shape, dtype=self.kept, device="meta") for name, shape in self.targets.items()}
         known = metas | {name: metas[owner] for name, owner in (ties or {}).items()}
         specs = tuple(ParamSpec(name, shape, self.wire) for name, shape in self.sources.items())
@@ -59,31 +62,31 @@ def random_tensors(shapes: dict[str, Shape], dtype: torch.dtype, *, seed: int) -
 
 
 def land(plan: LandingPlan, live: Tensors, sources: Sequence[torch.Tensor]) -> None:
-    """Carry the plan out as a sync does: constants, moves, then what is computed."""
+    """Apply the plan as a sync does: constants, moves, then what is computed."""
     formats = {name: torch.empty_like(tensor, device="meta") for name, tensor in live.items()}
     stages = [
         StagedModule(plan, number, None, {name.rpartition(".")[2]: meta for name, meta in formats.items()}, live)
         for number in range(len(plan.stages))
     ]
     for stage in stages:
-        stage.begin(confirming=False)
+        stage.begin(verifying=False)
     values: dict[tuple[str, int | str], torch.Tensor] = {("value", key): v for key, v in enumerate(plan.values)}
     tensors = values | {("live", name): tensor for name, tensor in live.items()}
-    carry_out(tuple(fill.op for fill in plan.fills if fill.stage is None), tensors)
+    replay(tuple(fill.op for fill in plan.fills if fill.stage is None), tensors)
     for move in plan.moves:
-        target = live[move.target] if move.stage is None else stages[move.stage].room(move.target)
+        target = live[move.target] if move.stage is None else stages[move.stage].staging(move.target)
         move.region.view(target).copy_(move.source.view(sources[move.param]))
     for stage in stages:
         stage.finish()
 
 
 def each(change: Change) -> Loader:
-    """Copies what `change` makes of a weight into the parameter of its name."""
+    """Return a loader that copies `change(weight)` into the parameter of the weight's name."""
     return both(lambda p, w: p.copy_(change(w)))
 
 
 def both(step: Each) -> Loader:
-    """Does `step` with the parameter and its weight."""
+    """Return a loader that calls `step` with each parameter and its weight."""
 
     def load(pairs: Iterator[tuple[str, torch.Tensor]], live: Tensors) -> None:
         for name, weight in pairs:
@@ -93,11 +96,11 @@ def both(step: Each) -> Loader:
 
 
 def whole(step: Callable[[Tensors, Tensors], Any]) -> Loader:
-    """Does `step` with all parameters and all weights."""
+    """Return a loader that calls `step` with all parameters and all weights."""
     return lambda pairs, live: step(live, dict(pairs))
 
 
 def changed(got: Tensors, expected: Tensors) -> list[str]:
-    """Names of the tensors whose bytes differ."""
+    """Return the names of the tensors whose bytes differ."""
     flat = {name: (got[name].reshape(-1), tensor.reshape(-1)) for name, tensor in expected.items()}
     return [name for name, (a, b) in flat.items() if not torch.equal(a.view(torch.uint8), b.view(torch.uint8))]

@@ -1,4 +1,4 @@
-"""The ranks of some lanes: threads over real gloo groups, and a landing that holds the receiver to its promises."""
+"""The ranks of some lanes, as threads over real gloo groups, and a landing that checks the order of its calls."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -26,7 +26,10 @@ Weights = dict[str, torch.Tensor]
 
 
 class Memory:
-    """A `Landing` over given tensors: live ones, and the initial values of those of each stage."""
+    """A `Landing` over given tensors: live ones, and the initial values of each stage's.
+
+    The call named by `refuse` ("commit", "finish 3") raises `RuntimeError`.
+    """
 
     def __init__(self, live: Weights, stages: Mapping[int, Weights] | None = None, *, refuse: str = "") -> None:
         self.tensors = live
@@ -35,10 +38,10 @@ class Memory:
         self.events: list[str] = []
         self.staged: dict[int, Weights] = {}
         self.processed: dict[int, Weights] = {}
-        self._confirming = False
+        self._verifying = False
 
     def live(self, target: str) -> torch.Tensor:
-        assert not self.events, "live tensors are asked for when the receiver is made"
+        assert not self.events, "live tensors were requested after the receiver was made"
         return self.tensors[target]
 
     def staging(self, stage: int, target: str) -> torch.Tensor:
@@ -49,26 +52,26 @@ class Memory:
             tensors[target] = self.stages[stage][target].clone()
         return tensors[target]
 
-    def begin(self, *, confirming: bool = False) -> None:
+    def begin(self, *, verifying: bool = False) -> None:
         self.events = []
         self._note("begin")
-        self._confirming = confirming
+        self._verifying = verifying
 
     def finish(self, stage: int) -> None:
         self._note(f"finish {stage}")
-        made = {target: tensor.clone() for target, tensor in self.staged.pop(stage).items()}
-        if self._confirming and not all(same_bytes(made[name], old) for name, old in self.processed[stage].items()):
-            raise VerifyError(f"stage {stage} is not what it was")
-        self.processed[stage] = made
+        values = {target: tensor.clone() for target, tensor in self.staged.pop(stage).items()}
+        if self._verifying and not all(same_bytes(values[name], old) for name, old in self.processed[stage].items()):
+            raise VerifyError(f"stage {stage} is not what the trainer holds")
+        self.processed[stage] = values
 
     def commit(self) -> None:
         self._note("commit")
         assert sorted(self.events[1:-1]) == sorted(f"finish {stage}" for stage in self.stages)
         assert not self.staged
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         self.staged.clear()
-        self._note("abandon")
+        self._note("abort")
 
     def _note(self, event: str) -> None:
         if event == self.refuse:
@@ -76,15 +79,15 @@ class Memory:
         self.events.append(event)
 
     def all_tensors(self) -> dict[tuple[int | None, str], torch.Tensor]:
-        """Live tensors and those of every finished stage."""
+        """Return the live tensors and those of every finished stage, by (stage, name)."""
         tensors: dict[tuple[int | None, str], torch.Tensor] = {(None, name): t for name, t in self.tensors.items()}
-        for stage, made in self.processed.items():
-            tensors.update(((stage, name), tensor) for name, tensor in made.items())
+        for stage, values in self.processed.items():
+            tensors.update(((stage, name), tensor) for name, tensor in values.items())
         return tensors
 
 
 class Ranks:
-    """The groups of some lanes: of each lane its sender and its workers."""
+    """The groups of some lanes: for each lane, those of its sender and of its workers."""
 
     def __init__(self, *lanes: Sequence[int]) -> None:
         self.start = ThreadPoolExecutor(2 * sum(len(workers) + 1 for workers in lanes)).submit
@@ -109,23 +112,23 @@ class Ranks:
     def sync(
         self, broadcasters: Sequence[WeightBroadcaster], receivers: Mapping[int, WeightReceiver], **options: Any
     ) -> None:
-        """One sync of everybody. Raises the first failure."""
+        """Run one sync on all ranks. Raises the first failure."""
         sent = [self.start(send, broadcaster, self.senders, **options) for broadcaster in broadcasters]
         received = [self.start(receive, receiver, self.workers[w], **options) for w, receiver in receivers.items()]
         all_results(*received, *sent)
 
-    def confirm(self, broadcasters: Sequence[WeightBroadcaster], receivers: Mapping[int, WeightReceiver]) -> None:
-        """Everything is sent again and compared. Raises the first failure."""
+    def verify(self, broadcasters: Sequence[WeightBroadcaster], receivers: Mapping[int, WeightReceiver]) -> None:
+        """Send everything again and compare. Raises the first failure."""
         sent = [self.start(send, broadcaster, self.senders) for broadcaster in broadcasters]
-        confirmed = [
-            self.start(receiver.confirm, self.workers[w], deadline=Deadline(LONG_S), timer=PhaseTimer())
+        verified = [
+            self.start(receiver.verify, self.workers[w], deadline=Deadline(LONG_S), timer=PhaseTimer())
             for w, receiver in receivers.items()
         ]
-        all_results(*confirmed, *sent)
+        all_results(*verified, *sent)
 
 
 def all_results(*futures: Future[Any]) -> list[Any]:
-    """What the threads return, or the error of the first that fails: the others may wait for it until they give up."""
+    """Return the threads' results, or raise the first error at once: the other threads may wait for the failed one."""
     done, _ = wait(futures, LONG_S, return_when=FIRST_EXCEPTION)
     for future in done:
         future.result()
@@ -133,17 +136,17 @@ def all_results(*futures: Future[Any]) -> list[Any]:
 
 
 class WatchedSource(WeightSource):
-    """Notes the parameters that were taken from it."""
+    """A source that records the parameters that were gathered."""
 
-    def walk(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        self.taken: list[int] = []
-        for param, tensor in super().walk(order):
-            self.taken.append(param)
+    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        self.gathered: list[int] = []
+        for param, tensor in super().gather(order):
+            self.gathered.append(param)
             yield param, tensor
 
 
 class TappedWork:
-    """Damages a tensor as soon as it has arrived."""
+    """A broadcast that flips a bit of one tensor as soon as that has arrived."""
 
     def __init__(self, work: Any, tensors: Sequence[torch.Tensor], damage: tuple[int, int] | None) -> None:
         self._work, self._tensors, self._damage = work, tensors, damage
@@ -156,25 +159,26 @@ class TappedWork:
 
 
 class Tapped:
-    """Notes what a group carries, and flips a bit in byte `at[2]` of tensor `at[1]` of broadcast `at[0]`."""
+    """A group that records its broadcasts, and flips a bit in byte `at[2]` of tensor `at[1]` of broadcast `at[0]`."""
 
     def __init__(self, group: "Group | Tapped", at: tuple[int, int, int] | None = None) -> None:
         self.group, self.at = group, at
-        self.rank, self.size, self.gentle = group.rank, group.size, group.gentle
+        self.rank, self.size, self.low_priority = group.rank, group.size, group.low_priority
         self.broadcasts, self.nbytes = 0, 0
-        self.stretches: list[tuple[int, int]] = []
+        self.extents: list[tuple[int, int]] = []
+        """(address, bytes) of every tensor."""
 
     def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> TappedWork:
         damage = self.at[1:] if self.at and self.at[0] == self.broadcasts else None
         self.broadcasts += 1
-        self.stretches += [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
+        self.extents += [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
         self.nbytes += sum(tensor.nbytes for tensor in tensors)
         return TappedWork(self.group.broadcast(tensors, root=root, deadline=deadline), tensors, damage)
 
     def ready(self) -> bool:
         return True
 
-    def release(self) -> None: ...
+    def unmap(self) -> None: ...
 
     def close(self) -> None:
         self.group.close()
@@ -199,7 +203,7 @@ def receiver_of(lane: Lane, memory: Memory) -> WeightReceiver:
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor's bytes in order, whatever its strides."""
+    """Return a copy of a tensor's bytes in order, whatever its strides."""
     return tensor.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Both sides of a sync of whole parameters, and the values that they must end with."""
+"""Both sides of a sync of whole parameters, and the values that workers must end with."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -6,15 +6,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from moves import whole_moves
 from ranks import CPU, Memory, Ranks, Weights, receiver_of, same_bytes
 
-from rollcast.comm import Manifest, Move, WeightBroadcaster, WeightSource, build_transfer, whole_moves
+from rollcast.comm import Manifest, Move, WeightBroadcaster, WeightSource, build_transfer
 
 BUCKET_BYTES = 1024
 
 
 class Sides:
-    """Both sides of a sync of all weights to workers that keep the same."""
+    """The broadcaster and receivers of one lane, whose workers all keep the same."""
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class Sides:
 
 
 def every_kind(*, seed: int) -> Weights:
-    """Contiguous, strided, split, scalar, zero-element; every sort of dtype."""
+    """Make random weights: contiguous, strided, split, scalar, zero-element; every sort of dtype."""
     torch.manual_seed(seed)
     return {
         "float32": torch.randn(17, 9),
@@ -59,7 +60,7 @@ def large_source(count: int = 800) -> WeightSource:
 
 
 def memory_of(manifest: Manifest, moves: Sequence[Move], *, refuse: str = "") -> Memory:
-    """Of targets that are all written, with ones in them for a start."""
+    """Make a memory whose targets, all of which the moves write, start with ones in them."""
     live: Weights = {spec.name: torch.ones(spec.shape, dtype=spec.dtype) for spec in manifest.specs if not spec.numel}
     stages: dict[int, Weights] = {}
     for move in moves:
@@ -69,14 +70,14 @@ def memory_of(manifest: Manifest, moves: Sequence[Move], *, refuse: str = "") ->
 
 
 def widened(manifest: Manifest) -> tuple[Move, ...]:
-    """Moves of a worker that keeps every number as float64."""
+    """Return the moves of a worker that keeps every number as float64."""
     return tuple(replace(move, region=replace(move.region, dtype=torch.float64)) for move in whole_moves(manifest))
 
 
 def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
-    """What must arrive: floating-point tensors in the wire dtype, the others as they are."""
-    wide = {name for name, t in weights.items() if t.is_floating_point() and t.dtype.itemsize > 1}
-    return {name: t.to(dtype) if dtype and name in wide else t for name, t in weights.items()}
+    """Return what workers must receive: floating-point tensors in the wire dtype, the others as they are."""
+    floating = {name for name, t in weights.items() if t.is_floating_point() and t.dtype.itemsize > 1}
+    return {name: t.to(dtype) if dtype and name in floating else t for name, t in weights.items()}
 
 
 def check_same_bytes(got: Weights, expected: Weights) -> None:

@@ -1,19 +1,19 @@
-"""A worker whose steps can be made to last, so that what a test means to meet half way is met on any machine."""
+"""A worker whose steps can be slowed down, so that a test meets a step half way on any machine."""
 
 import time
 from typing import Any
 
-from rollcast.rollout.worker.extension import RollcastWorker
+from rollcast.rollout.worker import RollcastWorker
 
 
 class SlowWorker(RollcastWorker):
     def slow_down(self, step_s: float) -> None:
-        """Sleep so long before each step from now on. Call it once."""
+        """Sleep `step_s` before each step from now on. Call it once."""
         worker: Any = self
         execute = worker.execute_model
 
-        def execute_slowly(*arguments: Any, **more: Any) -> Any:
+        def execute_slowly(*arguments: Any, **options: Any) -> Any:
             time.sleep(step_s)
-            return execute(*arguments, **more)
+            return execute(*arguments, **options)
 
         worker.execute_model = execute_slowly

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 from rollcast.rollout import Mode
 from rollcast.rollout.orchestrator.schedule import (
-    Begun,
     Drop,
     Event,
     Generate,
     Generated,
     Phase,
+    Started,
     State,
     Sync,
     Synced,
@@ -46,7 +46,7 @@ class Timeline:
         self.oldest: dict[int, int] = {}
 
     def run(self) -> "Timeline":
-        event: Event = Begun()
+        event: Event = Started()
         while self.state.phase is not Phase.OVER:
             event = self._perform(event) or self._news()
         return self

@@ -1,4 +1,4 @@
-"""vLLM's engine client for vLLM's own server: its requests take part in syncs, and tell their versions (engine)."""
+"""vLLM's engine client for vLLM's own server: its requests take part in syncs (engine process)."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
@@ -13,29 +13,31 @@ from rollcast.rollout.errors import EngineError
 
 
 @dataclass(slots=True)
-class Told:
-    """What an HTTP response can say of the weights that made it."""
+class ResponseVersions:
+    """The policy versions of one HTTP response, as far as it has been generated."""
 
     spans: dict[int, Spans] = field(default_factory=dict)
-    """(version, first token) of each sample so far, in the order of the response's choices."""
+    """Spans of each sample so far, by its index among the choices of the response."""
     version: int | None = None
-    """Of the newest token; in a stream, of what goes out next."""
+    """Version of the newest token; in a stream, of what is sent next. None before the first token."""
     samples: int = 0
+    """Number of samples that the response has asked for."""
     refusal: str = ""
-    """Why there is no answer, if so."""
+    """Why the request was refused, if it was."""
 
 
-TOLD: ContextVar[Told | None] = ContextVar("told", default=None)
+# Set by the middleware for each HTTP request, filled by `VersionedClient`.
+RESPONSE_VERSIONS: ContextVar[ResponseVersions | None] = ContextVar("response_versions", default=None)
 
 
 class VersionedClient:
-    """Stands between vLLM's server and its `AsyncLLM`, whose methods it has.
+    """Stands between vLLM's server and its `AsyncLLM`, whose other methods it passes on.
 
-    What `generate` makes goes through `Requests`: it is held while weights change, goes on under the new ones, and
-    is refused when there are none. Each sample is a request of its own. `TOLD` learns the versions.
+    `generate` goes through `Requests`: outputs are held while weights change, continue under the new ones, and are
+    refused when there are none. Each sample is a vLLM request of its own. `RESPONSE_VERSIONS` receives the versions.
     """
 
-    def __init__(self, llm: Any, requests: Requests, *, refusal: Callable[[], str]) -> None:
+    def __init__(self, llm: Any, requests: Requests, *, refusal: Callable[[], EngineError | None]) -> None:
         self._llm = llm
         self._requests = requests
         self._refusal = refusal
@@ -44,7 +46,7 @@ class VersionedClient:
         return getattr(self._llm, name)
 
     async def check_health(self) -> None:
-        """As vLLM's. An engine that refuses to generate is not healthy, either."""
+        """Check as vLLM does; an engine that refuses to generate is not healthy, either."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if self._refusal():
@@ -52,66 +54,77 @@ class VersionedClient:
         await self._llm.check_health()
 
     def generate(
-        self, prompt: Mapping[str, Any], sampling_params: Any, request_id: str, **more: Any
+        self, prompt: Mapping[str, Any], sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
-        """As vLLM's, for a prompt in the form of its `EngineInput`. Raises `EngineError` if nothing is served."""
+        """Generate as `AsyncLLM.generate`, for a prompt in the form of vLLM's `EngineInput`.
+
+        Raises `EngineError` if the engine refuses, `ValueError` for a prompt that is not text.
+        """
         if not isinstance(prompt, Mapping) or prompt.get("type") != "token":
-            # vLLM keeps what an encoder makes of an image by the image alone, whatever its weights were.
-            raise ValueError("this server takes text alone: vLLM would reuse what older weights have made of the rest")
-        told = TOLD.get() or Told()
-        first, told.samples = told.samples, told.samples + sampling_params.n
-        return self._generate(prompt, sampling_params, request_id, told, first, more)
+            # vLLM caches the encoder's output for an image by the image alone, whatever the weights were.
+            raise ValueError("this server takes text only: for images vLLM would reuse the output of older weights")
+        versions = RESPONSE_VERSIONS.get() or ResponseVersions()
+        first, versions.samples = versions.samples, versions.samples + sampling_params.n
+        return self._generate(prompt, sampling_params, request_id, versions, first, options)
 
     async def _generate(
-        self, prompt: Mapping[str, Any], params: Any, request_id: str, told: Told, first: int, more: dict[str, Any]
+        self,
+        prompt: Mapping[str, Any],
+        params: Any,
+        request_id: str,
+        versions: ResponseVersions,
+        first: int,
+        options: dict[str, Any],
     ) -> AsyncGenerator[Any, None]:
-        results: asyncio.Queue[_Made | _End] = asyncio.Queue()
+        results: asyncio.Queue[_Output | _End] = asyncio.Queue()
         tasks: list[asyncio.Task[None]] = []
-        for index, single in enumerate(_singles(params)):
-            sample = _Sample(prompt, single, index, first + index, more)
-            tasks.append(task := asyncio.create_task(self._make(sample, results.put_nowait)))
+        for index, single in enumerate(_single_params(params)):
+            sample = _Sample(prompt, single, index, first + index, options)
+            tasks.append(task := asyncio.create_task(self._run(sample, results.put_nowait)))
             self._requests.admit(task)
-            task.add_done_callback(partial(_end, results))
+            task.add_done_callback(partial(_put_end, results))
         try:
-            async for found in _joined(results, len(tasks), told, whole=_is_final(params)):
-                found.request_id = request_id
-                yield found
+            async for output in _merge(results, len(tasks), versions, whole=_is_final_only(params)):
+                output.request_id = request_id
+                yield output
         except EngineError as error:
-            told.refusal = str(error)
+            versions.refusal = str(error)
             raise
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _make(self, sample: "_Sample", put: "Callable[[_Made], None]") -> None:
+    async def _run(self, sample: "_Sample", put: "Callable[[_Output], None]") -> None:
+        """Run one sample until it finishes."""
         try:
-            await self._run(sample, put)
+            finished = False
+            # Once more, if it is recalled before it has started.
+            while not finished:
+                finished = await self._run_once(sample, put)
         except asyncio.CancelledError:
-            # By `Requests.refuse`, or because nobody wants it any more.
-            if why := self._refusal():
-                raise EngineError(why) from None
+            # By `Requests.refuse`, or because the client has gone.
+            self._raise_if_refused()
             raise
 
-    def _check(self) -> None:
-        if why := self._refusal():
-            raise EngineError(why)
+    def _raise_if_refused(self) -> None:
+        if refusal := self._refusal():
+            raise refusal from None
 
-    async def _run(self, sample: "_Sample", put: "Callable[[_Made], None]") -> None:
-        """Run one sample until it ends; again, if it is taken back before it has begun."""
+    async def _run_once(self, sample: "_Sample", put: "Callable[[_Output], None]") -> bool:
+        """Run one vLLM request for the sample. Return whether the sample is finished."""
+        self._raise_if_refused()
+        await self._requests.wait_released()
+        # The engine may have fallen asleep meanwhile.
+        self._raise_if_refused()
         finished = False
-        while not finished:
-            self._check()
-            await self._requests.decided()
-            # It may have fallen asleep meanwhile.
-            self._check()
-            async for found, number, switches in self._requests.follow(
-                sample.prompt, sample.params, numbers=set(), **sample.more
-            ):
-                finished = found.finished
-                (output,) = found.outputs
-                output.index = sample.index
-                sample.count += len(output.token_ids)
-                put(_Made(found, sample.place, spans_of(switches, number, sample.count)))
+        outputs = self._requests.outputs(sample.prompt, sample.params, numbers=set(), **sample.options)
+        async for output, number, switches in outputs:
+            finished = output.finished
+            (completion,) = output.outputs
+            completion.index = sample.index
+            sample.count += len(completion.token_ids)
+            put(_Output(output, sample.choice, spans_of(switches, number, sample.count)))
+        return finished
 
 
 @dataclass(slots=True)
@@ -121,21 +134,21 @@ class _Sample:
     prompt: Mapping[str, Any]
     params: Any
     index: int
-    place: int
-    """Among all samples of the response."""
-    more: dict[str, Any]
+    choice: int
+    """Index among all samples of the response."""
+    options: dict[str, Any]
     count: int = 0
     """Tokens so far."""
 
 
-def _is_final(params: Any) -> bool:
+def _is_final_only(params: Any) -> bool:
     from vllm.sampling_params import RequestOutputKind
 
     return params.output_kind is RequestOutputKind.FINAL_ONLY
 
 
-def _singles(params: Any) -> Iterator[Any]:
-    """Parameters of each of `params.n` samples; seeds as vLLM makes them."""
+def _single_params(params: Any) -> Iterator[Any]:
+    """Yield the parameters of each of `params.n` samples, with seeds as vLLM makes them."""
     for index in range(params.n):
         single = params.clone()
         single.n = 1
@@ -145,48 +158,49 @@ def _singles(params: Any) -> Iterator[Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
-    """What a sample has made: vLLM's `RequestOutput`."""
+class _Output:
+    """vLLM's `RequestOutput` of one sample."""
 
-    found: Any
-    place: int
+    output: Any
+    choice: int
     spans: Spans
-    """Of the sample so far."""
+    """Spans of the sample so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """A sample is over."""
+    """The end of one sample."""
 
     error: BaseException | None
 
 
-def _end(results: "asyncio.Queue[_Made | _End]", task: "asyncio.Task[None]") -> None:
-    results.put_nowait(_End(EngineError("the request was ended") if task.cancelled() else task.exception()))
+def _put_end(results: "asyncio.Queue[_Output | _End]", task: "asyncio.Task[None]") -> None:
+    results.put_nowait(_End(EngineError("the request was cancelled") if task.cancelled() else task.exception()))
 
 
-async def _joined(
-    results: "asyncio.Queue[_Made | _End]", samples: int, told: Told, *, whole: bool
+async def _merge(
+    results: "asyncio.Queue[_Output | _End]", samples: int, versions: ResponseVersions, *, whole: bool
 ) -> AsyncGenerator[Any, None]:
-    """What the samples make, until all are over: as it comes, or as one if `whole`.
+    """Yield the outputs of all samples as they come, or merged into one at the end if `whole`.
 
-    `told` learns of it when it goes out, not when it was made: a client may be slow.
+    `versions` is updated when an output is sent, not when it was generated: a client may be slow.
     """
-    made: list[Any] = []
+    outputs: list[Any] = []
     while samples:
         result = await results.get()
-        if isinstance(result, _Made):
-            told.spans[result.place] = result.spans
-            told.version = result.spans[-1][0]
+        if isinstance(result, _Output):
+            versions.spans[result.choice] = result.spans
+            versions.version = result.spans[-1][0]
             if whole:
-                made.append(result.found)
+                outputs.append(result.output)
             else:
-                yield result.found
+                yield result.output
         elif result.error is None:
             samples -= 1
         else:
             raise result.error
-    if made:
-        told.version = max(spans[-1][0] for spans in told.spans.values())
-        made[0].outputs = sorted((its.outputs[0] for its in made), key=lambda output: output.index)
-        yield made[0]
+    if outputs:
+        versions.version = max(spans[-1][0] for spans in versions.spans.values())
+        completions = (output.outputs[0] for output in outputs)
+        outputs[0].outputs = sorted(completions, key=lambda completion: completion.index)
+        yield outputs[0]

@@ -1,16 +1,10 @@
-"""The hash of bytes: against Python's own integers, and against every way to damage a sync."""
+"""The checksum of bytes: against Python's own integers, and against every way to damage the bytes."""
 
 import random
-import re
-from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
-from ranks import LONG_S, Memory, Ranks, Tapped, raw, receive, send
-from sides import Sides, large_source
 
-from rollcast.comm import Deadline, PhaseTimer, VerifyError, WeightSource, whole_moves
 from rollcast.comm.device.checksum import CHUNK_WORDS, WORD_BYTES, _words, checksum
 
 CHUNK_BYTES = CHUNK_WORDS * WORD_BYTES
@@ -48,7 +42,7 @@ def test_equals_pythons_integers(length: int) -> None:
 
 
 def test_later_chunks_go_on_counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks of 4 words the hash is what it is in one."""
+    """The checksum in chunks of 4 words is the one of a single chunk."""
     data = random_bytes(1000)
     expected = value(data)
     monkeypatch.setattr("rollcast.comm.device.checksum.CHUNK_WORDS", 4)
@@ -58,7 +52,7 @@ def test_later_chunks_go_on_counting(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("length", [1, 7, 8, 16, 100])
 @pytest.mark.parametrize("base", range(8))
 def test_any_alignment_gives_the_same(length: int, base: int) -> None:
-    """Of the storage, and of the view in it: words must be aligned on a GPU, and their offset whole in torch."""
+    """Alignment of the storage and of the view in it: GPUs need aligned words, torch a whole offset."""
     data = random_bytes(length)
     room = torch.frombuffer(bytearray(length + 32), dtype=torch.uint8, offset=base)
     for start in range(17):
@@ -113,124 +107,3 @@ def test_words_and_chunks_that_change_places_in_a_large_input_show() -> None:
 
 def test_zeros_of_every_length_of_words_differ() -> None:
     assert len({value(torch.zeros(8 * count, dtype=torch.uint8)) for count in range(200)}) == 200
-
-
-# A worker with every sort of target; three buckets or more of 1024 bytes.
-
-
-def mixed_sides() -> Sides:
-    torch.manual_seed(0)
-    weights = {name: torch.randn(20, 10).bfloat16() for name in ("in_place", "strided", "cast", "staged", "split")}
-    source = WeightSource({**weights, "split": torch.randn(40, 20).bfloat16()})
-    moves = {move.target: move for move in whole_moves(source.manifest)}
-    strided = replace(moves["strided"].region, stride=(1, 20))
-    moves["strided"] = replace(moves["strided"], region=strided)
-    moves["cast"] = replace(moves["cast"], region=replace(moves["cast"].region, dtype=torch.float32))
-    moves["staged"] = replace(moves["staged"], stage=3)
-    return Sides(source, moves=tuple(moves.values()))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    """Of one lane with one worker; for syncs that both sides finish."""
-    with Ranks([0]) as ranks:
-        yield ranks
-
-
-MESSAGES = [
-    (turn, index, str(message), message.nbytes)
-    for turn, bucket in enumerate(mixed_sides().plan.lanes[0].buckets)
-    for index, message in enumerate(bucket.messages)
-]
-
-
-@pytest.mark.parametrize(("turn", "index", "name", "nbytes"), MESSAGES, ids=[name for _, _, name, _ in MESSAGES])
-@pytest.mark.parametrize("end", ["first", "last"])
-def test_a_bit_that_flips_on_the_way_fails_the_sync(
-    ranks: Ranks, turn: int, index: int, name: str, nbytes: int, end: str
-) -> None:
-    byte = 0 if end == "first" else nbytes - 1
-    sides, memory, error = damaged(ranks, (turn, index, byte), checksums=True)
-    assert isinstance(error, VerifyError)
-    assert f", {name}, arrived damaged" in str(error)
-    assert memory.events[-1] == "abandon"
-    assert "commit" not in memory.events
-    assert len(sides.plan.lanes[0].buckets) >= 3
-
-
-def test_the_first_of_two_damaged_messages_is_named(ranks: Ranks) -> None:
-    """The last bucket and the second are damaged; `Tapped` wraps any group."""
-    sides = mixed_sides()
-    first = next(name for turn, _, name, _ in MESSAGES if turn == 1)
-    sent = ranks.start(send, sides.broadcaster, ranks.senders, checksums=True)
-    with pytest.raises(VerifyError, match=re.escape(first)):
-        receive(sides.receivers[0], Tapped(Tapped(ranks.workers[0], (2, 0, 1)), (1, 0, 1)), checksums=True)
-    sent.result(LONG_S)
-
-
-def test_without_checksums_nothing_is_noticed_but_confirming_finds_it(ranks: Ranks) -> None:
-    sides, memory, error = damaged(ranks, (0, 0, 5), checksums=False)
-    assert error is None
-    assert memory.events[-1] == "commit"
-    assert "in memory is not what the trainer holds" in str(changed(sides))
-    assert memory.events[-1] == "abandon"
-
-
-def damaged(ranks: Ranks, at: tuple[int, int, int], *, checksums: bool) -> tuple[Sides, Memory, BaseException | None]:
-    """A sync in which one bit flips on the way."""
-    sides = mixed_sides()
-    sent = ranks.start(send, sides.broadcaster, ranks.senders, checksums=checksums)
-    received = ranks.start(receive, sides.receivers[0], Tapped(ranks.workers[0], at), checksums=checksums)
-    error = received.exception(LONG_S)
-    sent.result(LONG_S)
-    return sides, sides.memories[0], error
-
-
-def synced(ranks: Ranks) -> tuple[Sides, Memory]:
-    sides = mixed_sides()
-    ranks.sync([sides.broadcaster], sides.receivers, checksums=True)
-    ranks.confirm([sides.broadcaster], sides.receivers)
-    assert sides.memories[0].events == ["begin", "finish 3", "commit"]
-    return sides, sides.memories[0]
-
-
-def changed(sides: Sides) -> VerifyError:
-    with Ranks([0]) as ranks:
-        sent = ranks.start(send, sides.broadcaster, ranks.senders)
-        with pytest.raises(VerifyError) as caught:
-            sides.receivers[0].confirm(ranks.workers[0], deadline=Deadline(LONG_S), timer=PhaseTimer())
-        ranks.workers[0].close()
-        sent.exception(LONG_S)
-    return caught.value
-
-
-@pytest.mark.parametrize("target", ["in_place", "strided", "cast", "split", "staged"])
-@pytest.mark.parametrize("place", [0.0, 0.3, 1.0])
-def test_confirming_finds_a_byte_that_changed_after_the_sync(ranks: Ranks, target: str, place: float) -> None:
-    sides, memory = synced(ranks)
-    tensor = memory.processed[3][target] if target == "staged" else memory.tensors[target]
-    data = tensor.untyped_storage()
-    data[round(place * (len(data) - 1))] ^= 1
-    error = changed(sides)
-    assert ("stage 3 is not" if target == "staged" else f"{target}[") in str(error)
-    assert memory.events[-1] == "abandon"
-
-
-def test_confirming_tells_the_trainers_new_values_from_the_old(ranks: Ranks) -> None:
-    source = large_source(3)
-    sides = Sides(source)
-    ranks.sync([sides.broadcaster], sides.receivers)
-    for _, tensor in source:
-        tensor.neg_()
-    assert str(changed(sides)) == "p0[0:250] in memory is not what the trainer holds"
-
-
-def test_confirming_compares_bits_not_numbers(ranks: Ranks) -> None:
-    """Zero is not minus zero, and a NaN is equal to itself."""
-    values = torch.tensor([0.0, float("nan"), 1.0])
-    sides = Sides(WeightSource({"a": values}))
-    ranks.sync([sides.broadcaster], sides.receivers)
-    ranks.confirm([sides.broadcaster], sides.receivers)
-    sides.memories[0].tensors["a"][0] = -0.0
-    assert torch.equal(raw(sides.memories[0].tensors["a"])[:4], torch.tensor([0, 0, 0, 128], dtype=torch.uint8))
-    assert "a[0:3]" in str(changed(sides))

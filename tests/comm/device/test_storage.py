@@ -1,90 +1,92 @@
-"""Weights that stay where they are: looked for once, found again when they move."""
+"""Snapshots of tensors' storage, and whether two tensors are the same memory."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
-from ranks import LONG_S, Ranks, WatchedSource, receive, send
-from sides import Sides, check_same_bytes, every_kind
+from torch import nn
 
-from rollcast.comm import WeightSource
-from rollcast.comm.plan.buckets import LARGE_BYTES
-from rollcast.comm.transfer.source import MANY
+from rollcast.comm.device.storage import ModuleSnapshot, StorageSnapshot, aligned, flat_bytes, storage_id, tensor_id
 
-
-@pytest.fixture(params=[0, MANY], ids=["many", "few"])
-def many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether there are so many tensors that each is looked at when its turn comes."""
-    monkeypatch.setattr("rollcast.comm.transfer.source.MANY", request.param)
-    return not request.param
+Change = Callable[[nn.Linear], object]
 
 
-def test_weights_that_stay_are_walked_once_and_found_again_when_they_move(many: bool) -> None:
-    weights = every_kind(seed=0) | {"big": torch.randn(LARGE_BYTES // 4)}
-    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-    source = WatchedSource(contiguous)
-    sides = Sides(source)
-    with Ranks([0]) as ranks:
-        for seed, walked in (
-            (1, True),
-            (2, False),
-            (3, True),
-            (4, False),
-            (5, True),
-            (6, False),
-            (7, True),
-            (8, False),
-        ):
-            source.taken = []
-            if seed == 3:
-                contiguous["big"] = torch.empty_like(contiguous["big"])
-                contiguous["split"].data = torch.empty_like(contiguous["split"])
-            if seed in (5, 7):
-                # In the first bucket, in the last one.
-                moved = contiguous["float32" if seed == 5 else "big"]
-                moved.data = torch.empty_like(moved)
-            for name, value in (every_kind(seed=seed) | {"big": torch.randn(LARGE_BYTES // 4)}).items():
-                contiguous[name].copy_(value)
-            sides.sync(ranks)
-            assert bool(source.taken) == walked
-            check_same_bytes(sides.memories[0].tensors, contiguous)
+def give_other_memory(module: nn.Linear) -> None:
+    module.weight.data = module.weight.data.clone()
 
 
-def test_weights_that_change_their_dtype_on_the_way_fail_one_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollcast.comm.transfer.source.MANY", 0)
-    weights = {name: torch.randn(300) for name in "abcd"}
-    sides = Sides(WeightSource(weights, dtype=torch.bfloat16))
-    with Ranks([0]) as ranks:
-        sides.sync(ranks)
-        weights["d"].data = weights["d"].data.bfloat16()
-        receiving = ranks.start(receive, sides.receivers[0], ranks.workers[0])
-        with pytest.raises(ValueError, match="weights have changed their dtype or device"):
-            send(sides.broadcaster, ranks.senders)
-        ranks.senders[0].close()
-        with pytest.raises(RuntimeError):
-            receiving.result(LONG_S)
-    with Ranks([0]) as ranks:
-        sides.sync(ranks)
-        check_same_bytes(sides.memories[0].tensors, {name: tensor.bfloat16() for name, tensor in weights.items()})
+def replace_parameter(module: nn.Linear) -> None:
+    module.weight = nn.Parameter(module.weight.data)
 
 
-def test_two_names_of_one_memory_are_both_looked_at(many: bool) -> None:
-    one = torch.randn(300)
-    weights = {"a": one, "b": torch.randn(300), "c": one.view(300)}
-    source = WeightSource(weights)
-    sides = Sides(source)
-    with Ranks([0]) as ranks:
-        for _ in range(2):
-            sides.sync(ranks)
-        weights["a"].data = torch.randn(300)
-        with pytest.raises(ValueError, match=r"the trainer.s weights changed since the broadcaster was made: .*c"):
-            send(sides.broadcaster, ranks.senders)
+def test_new_values_leave_a_snapshot_unchanged() -> None:
+    module = nn.Linear(4, 3)
+    snapshot = ModuleSnapshot.of_module(module)
+    assert snapshot.tensors == [module.weight, module.bias]
+    module.weight.data.fill_(1.0)
+    module.bias.data.zero_()
+    assert snapshot.same_tensors()
+    assert snapshot.unchanged()
 
 
-def test_weights_of_another_shape_at_the_same_address_are_refused(many: bool) -> None:
-    weights = {"p": torch.randn(8, 4)}
-    source = WeightSource(weights)
-    sides = Sides(source)
-    with Ranks([0]) as ranks:
-        sides.sync(ranks)
-        weights["p"].data = weights["p"].data[:4]
-        with pytest.raises(ValueError, match=r"expected p \[8, 4\] float32, got p \[4, 4\] float32"):
-            send(sides.broadcaster, ranks.senders)
+@pytest.mark.parametrize(
+    ("change", "same_tensors"),
+    [
+        (give_other_memory, True),
+        (replace_parameter, False),
+        (lambda module: module.register_buffer("scale", torch.ones(1)), False),
+        (lambda module: module.register_parameter("bias", None), False),
+        (lambda module: module.add_module("inner", nn.ReLU()), False),
+        (lambda module: module.half(), True),
+    ],
+    ids=["other memory", "other parameter", "one more buffer", "one less", "one more module", "dtype"],
+)
+def test_a_snapshot_notices_every_change_of_memory(change: Change, same_tensors: bool) -> None:
+    module = nn.Linear(4, 3)
+    snapshot = ModuleSnapshot.of_module(module)
+    change(module)
+    assert snapshot.same_tensors() is same_tensors
+    assert not snapshot.unchanged()
+
+
+def test_a_snapshot_of_tensors_notices_other_memory_dtype_and_size() -> None:
+    tensors = [torch.zeros(4), torch.zeros(2, 3)]
+    snapshot = StorageSnapshot(tensors)
+    assert snapshot.unchanged()
+    for data in (torch.zeros(2, 3), tensors[1].view(torch.int32), tensors[1][:1], tensors[1].t()):
+        before, tensors[1] = tensors[1], data
+        assert not snapshot.unchanged()
+        tensors[1] = before
+    assert snapshot.unchanged()
+
+
+def test_views_share_a_storage_but_are_other_tensors() -> None:
+    flat = torch.arange(12.0)
+    views = [flat, flat.view(3, 4), flat.view(4, 3).t(), flat[:6], flat[6:], flat.view(torch.int32)]
+    assert {storage_id(view) for view in views} == {storage_id(flat)}
+    assert len({tensor_id(view) for view in views}) == len(views)
+    assert tensor_id(flat.view(3, 4).detach()) == tensor_id(flat.view(3, 4))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_storages_without_elements_are_told_apart(device: str) -> None:
+    one, other = torch.empty(0, device=device), torch.empty(0, device=device)
+    assert storage_id(one) != storage_id(other)
+    assert tensor_id(one) != tensor_id(other)
+
+
+@pytest.mark.parametrize("tensor", [torch.arange(6), torch.arange(6).view(2, 3).t(), torch.tensor(7)], ids=str)
+def test_flat_bytes_are_those_of_the_elements_in_order(tensor: torch.Tensor) -> None:
+    data = flat_bytes(tensor)
+    assert (data.dim(), data.dtype) == (1, torch.uint8)
+    assert data.view(tensor.dtype).tolist() == tensor.flatten().tolist()
+    assert (data.data_ptr() == tensor.data_ptr()) is tensor.is_contiguous()
+
+
+def test_flat_bytes_of_one_element_with_any_stride() -> None:
+    assert flat_bytes(torch.zeros(3, 2)[:1, 1]).numel() == 4
+
+
+@pytest.mark.parametrize(("nbytes", "expected"), [(0, 0), (1, 256), (255, 256), (256, 256), (257, 512)])
+def test_aligned(nbytes: int, expected: int) -> None:
+    assert aligned(nbytes) == expected

@@ -1,4 +1,4 @@
-"""Cutting moves into messages and buckets: tables, and every rule on random moves."""
+"""Moves as messages and buckets: tables, and every rule on random moves."""
 
 import random
 from collections import Counter
@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from moves import Sink, indices, random_sink, random_weights
+from moves import Sink, indices, random_sink, random_weights, whole_moves
 
-from rollcast.comm import Bucket, Manifest, Message, Move, ParamSpec, Region, WeightSource, whole_moves
+from rollcast.comm import Bucket, Manifest, Message, Move, ParamSpec, Region, WeightSource, fill_buckets
 from rollcast.comm.device.storage import ALIGN_BYTES, aligned
-from rollcast.comm.plan.buckets import LARGE_BYTES, fill_buckets
+from rollcast.comm.plan.buckets import LARGE_BYTES
 
 U8, F32, BF16 = torch.uint8, torch.float32, torch.bfloat16
 Cut = list[tuple[int, list[tuple[int, int, int, int]]]]
@@ -135,12 +135,12 @@ def test_large_contiguous_pieces_are_not_merged(numels: tuple[int, int]) -> None
 
 
 def test_large_strided_pieces_are_merged() -> None:
-    """They are copied anyway."""
+    """They have to be copied anyway."""
     assert messages_of((LARGE_BYTES, 8), shape=lambda numel: (2, numel // 2), strided=True) == [2]
 
 
 def messages_of(numels, *, shape, strided: bool = False) -> list[int]:
-    """How many pieces each message has when parts of `numels` bytes adjoin in one target."""
+    """Return how many pieces each message has when parts of `numels` bytes adjoin in one target."""
     moves, start = [], 0
     for param, numel in enumerate(numels):
         source = Region.whole(shape(numel), U8)
@@ -157,22 +157,17 @@ def test_bucket_bytes_too_small_is_refused(bucket_bytes: int) -> None:
         fill_buckets([], [], bucket_bytes=bucket_bytes)
 
 
-@pytest.mark.parametrize(("nbytes", "expected"), [(0, 0), (1, 256), (255, 256), (256, 256), (257, 512)])
-def test_aligned(nbytes: int, expected: int) -> None:
-    assert aligned(nbytes) == expected
-
-
 @pytest.mark.parametrize("seed", range(60))
 def test_random_moves_keep_every_rule(seed: int) -> None:
     rng = random.Random(seed)
     sink = random_sink(rng, WeightSource(random_weights(rng)).manifest)
-    walk = rng.sample(range(len(sink.manifest.specs)), len(sink.manifest.specs))
+    gather_order = rng.sample(range(len(sink.manifest.specs)), len(sink.manifest.specs))
     bucket_bytes = rng.choice([256, 300, 1024, 4096, 65537])
-    buckets = fill_buckets(sink.moves(), walk, bucket_bytes=bucket_bytes)
-    assert buckets == fill_buckets(sink.moves(), walk, bucket_bytes=bucket_bytes)
+    buckets = fill_buckets(sink.moves(), gather_order, bucket_bytes=bucket_bytes)
+    assert buckets == fill_buckets(sink.moves(), gather_order, bucket_bytes=bucket_bytes)
     messages = [message for bucket in buckets for message in bucket.messages]
     check_every_element_travels_once(sink, messages)
-    check_messages_follow_the_walk(messages, walk)
+    check_messages_follow_the_gather_order(messages, gather_order)
     check_messages_lie_in_their_buckets(buckets, bucket_bytes)
     check_stages_end_their_buckets(sink, buckets)
     check_no_bucket_has_room_for_the_next(buckets, bucket_bytes)
@@ -180,7 +175,7 @@ def test_random_moves_keep_every_rule(seed: int) -> None:
 
 
 def check_every_element_travels_once(sink: Sink, messages: list[Message]) -> None:
-    """Element for element, the messages are torch's own copies."""
+    """Check that the messages copy just the elements that torch's own copies would."""
     expected: Counter[tuple] = Counter()
     for step in sink.steps:
         numel, shape = sink.manifest.specs[step.param].numel, sink.manifest.specs[step.param].shape
@@ -198,9 +193,9 @@ def check_every_element_travels_once(sink: Sink, messages: list[Message]) -> Non
     assert got == expected
 
 
-def check_messages_follow_the_walk(messages: list[Message], walk: list[int]) -> None:
-    places = [walk.index(param) for message in messages for param, _ in message.pieces]
-    assert places == sorted(places)
+def check_messages_follow_the_gather_order(messages: list[Message], gather_order: list[int]) -> None:
+    positions = [gather_order.index(param) for message in messages for param, _ in message.pieces]
+    assert positions == sorted(positions)
 
 
 def check_messages_lie_in_their_buckets(buckets: tuple[Bucket, ...], bucket_bytes: int) -> None:

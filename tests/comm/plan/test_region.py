@@ -1,4 +1,4 @@
-"""A region is the same part of any tensor of the same layout."""
+"""Regions: the same part of any tensor of the same layout, with torch's own slices as the reference."""
 
 from collections.abc import Callable
 

@@ -1,11 +1,11 @@
-"""Lanes and the order of the walk: who sends what to whom, the same on both sides."""
+"""Lanes and the order of gathering: who sends what to whom, the same on both sides."""
 
 import random
 from dataclasses import fields, replace
 
 import pytest
 import torch
-from moves import random_sink, random_weights
+from moves import random_sink, random_weights, whole_moves
 
 from rollcast.comm import (
     Lane,
@@ -16,9 +16,8 @@ from rollcast.comm import (
     TransferPlan,
     WeightSource,
     build_transfer,
-    whole_moves,
 )
-from rollcast.comm.plan.transfer import walk_order
+from rollcast.comm.plan.transfer import memory_order
 
 F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
 BASE = (("a", (4, 100), F32), ("c", (8,), I8))
@@ -29,7 +28,7 @@ def manifest(*rows: tuple[str, tuple[int, ...], torch.dtype]) -> Manifest:
 
 
 def plan_of(rows=BASE, *, workers=("w",), senders: int = 1, bucket_bytes: int = 1024) -> TransferPlan:
-    """Every worker keeps everything; workers of different names have lanes of their own."""
+    """Plan for workers that all keep everything; workers of different names have lanes of their own."""
     landings = {name: whole_moves(manifest(*rows)) for name in dict.fromkeys(workers)}
     return build_transfer(manifest(*rows), landings, workers, senders=senders, bucket_bytes=bucket_bytes)
 
@@ -51,31 +50,33 @@ def test_whole_moves_are_every_parameter_in_place() -> None:
         assert move.source == move.region == Region.of(torch.empty(shape, dtype=dtype))
 
 
-WALKS: dict[str, tuple[list[list[Move]], tuple[int, ...]]] = {
+ORDERS: dict[str, tuple[list[list[Move]], tuple[int, ...]]] = {
     "memory, not manifest": ([[flat(2, "x"), flat(0, "y"), flat(1, "z")]], (2, 0, 1)),
-    "places in one target": ([[flat(0, "x", 8), flat(1, "x", 0), flat(2, "x", 4)]], (1, 2, 0)),
-    "first of two places": ([[flat(1, "y"), flat(0, "x"), flat(1, "z")], [flat(0, "w"), flat(1, "v")]], (1, 0)),
+    "positions in one target": ([[flat(0, "x", 8), flat(1, "x", 0), flat(2, "x", 4)]], (1, 2, 0)),
+    "first of two positions": ([[flat(1, "y"), flat(0, "x"), flat(1, "z")], [flat(0, "w"), flat(1, "v")]], (1, 0)),
     "second worker's rest": ([[flat(0, "x"), flat(2, "y")], [flat(2, "y"), flat(0, "x"), flat(1, "z")]], (0, 2, 1)),
     "experts in turns": (
         [[flat(0, "e", 0), flat(1, "e", 4)], [flat(2, "e", 0), flat(3, "e", 4)]],
         (0, 2, 1, 3),
     ),
     "stages apart": ([[flat(1, "x", stage=0), flat(2, "x", stage=1), flat(0, "x", 4, stage=0)]], (1, 0, 2)),
-    "same place": ([[flat(1, "x"), flat(0, "x")]], (0, 1)),
+    "same position": ([[flat(1, "x"), flat(0, "x")]], (0, 1)),
     "not kept": ([[flat(3, "x"), flat(1, "y")]], (3, 1)),
     "nothing": ([[]], ()),
 }
 
 
-@pytest.mark.parametrize(("landings", "expected"), WALKS.values(), ids=WALKS)
-def test_walk_follows_the_workers_memory(landings: list[list[Move]], expected: tuple[int, ...]) -> None:
-    assert walk_order(landings) == expected
+@pytest.mark.parametrize(("landings", "expected"), ORDERS.values(), ids=ORDERS)
+def test_parameters_are_gathered_in_the_order_of_the_workers_memory(
+    landings: list[list[Move]], expected: tuple[int, ...]
+) -> None:
+    assert memory_order(landings) == expected
 
 
-def test_walk_of_a_plan_is_that_of_its_workers() -> None:
+def test_a_plan_has_the_gather_order_of_its_workers() -> None:
     moves = whole_moves(manifest(*BASE))
     plan = build_transfer(manifest(*BASE), {"w": moves[::-1]}, ["w"], bucket_bytes=1024)
-    assert plan.walk == (1, 0)
+    assert plan.gather_order == (1, 0)
     assert [message.target for message in plan.lanes[0].messages] == ["c", "a", "a"]
 
 
@@ -89,7 +90,7 @@ def test_workers_with_equal_digests_share_a_lane() -> None:
 @pytest.mark.parametrize(
     ("senders", "expected"), [(1, [0] * 5), (2, [0, 1, 0, 1, 0]), (3, [0, 1, 2, 0, 1]), (8, [0, 1, 2, 3, 4])]
 )
-def test_lanes_go_round_the_senders(senders: int, expected: list[int]) -> None:
+def test_lanes_are_dealt_to_the_senders_in_turn(senders: int, expected: list[int]) -> None:
     assert [lane.sender for lane in plan_of(workers=tuple("pqrst"), senders=senders).lanes] == expected
 
 
@@ -114,7 +115,7 @@ def test_every_parameter_needs_one_worker_only() -> None:
     first, second = whole_moves(specs)
     plan = build_transfer(specs, {"w": [second], "v": [first]}, ["v", "w"], bucket_bytes=256)
     assert [[message.target for message in plan.lane_of(worker).messages] for worker in (0, 1)] == [["a"], ["z"]]
-    assert plan.walk == (2, 0)
+    assert plan.gather_order == (2, 0)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -158,12 +159,12 @@ def test_digest_changes_with_who_sends_to_whom() -> None:
         plan_of(workers=("p", "p")),
     ]
     assert len({plan.digest for plan in plans}) == len(plans)
-    other = replace(plans[0], walk=plans[0].walk[::-1])
+    other = replace(plans[0], gather_order=plans[0].gather_order[::-1])
     assert other.digest != plans[0].digest
 
 
 def test_digest_of_a_lane_changes_with_every_field_of_its_messages() -> None:
-    """But not with who sends it, nor to how many: a worker knows only what it keeps."""
+    """Its sender and its workers do not matter: a worker knows only what it keeps."""
     lane = plan_of().lanes[0]
     bucket, message = lane.buckets[0], lane.messages[0]
     region, piece = message.region, message.pieces[0][1]

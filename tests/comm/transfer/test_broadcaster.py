@@ -1,4 +1,4 @@
-"""Whole parameters over real gloo groups: the bytes are torch's own, however slow a side is."""
+"""Whole parameters over real gloo groups: workers get the bytes of torch's own casts, however slow a side is."""
 
 import threading
 import time
@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moves import whole_moves
 from ranks import CPU, LONG_S, Ranks, Tapped, WatchedSource, Weights, all_results, receive, receiver_of, send
 from sides import Sides, cast, check_same_bytes, every_kind, large_source, memory_of, widened
 from torch import distributed as dist
 
-from rollcast.comm import Deadline, WeightBroadcaster, WeightReceiver, WeightSource, build_transfer, whole_moves
+from rollcast.comm import Deadline, WeightBroadcaster, WeightReceiver, WeightSource, build_transfer
 from rollcast.comm.device.storage import aligned
 from rollcast.comm.plan.buckets import LARGE_BYTES
 
@@ -47,29 +48,31 @@ def test_ten_syncs_bring_new_values_in_the_same_buffers() -> None:
 
 
 def test_phases_are_timed() -> None:
-    for checksums, more in ((False, set()), (True, {"verify"})):
+    for checksums, extra in ((False, set()), (True, {"verify"})):
         sides = Sides(large_source(3))
         with Ranks([0]) as ranks:
             sent = ranks.start(send, sides.broadcaster, ranks.senders, checksums=checksums)
             received = receive(sides.receivers[0], ranks.workers[0], checksums=checksums)
-            assert set(sent.result(LONG_S).phases_s) == {"gather", "pack", "wire"} | more
-            assert set(received.phases_s) == {"wire", "apply"} | more
+            assert set(sent.result(LONG_S).phases_s) == {"gather", "pack", "wire"} | extra
+            assert set(received.phases_s) == {"wire", "apply"} | extra
 
 
 @pytest.mark.parametrize("rank", [1, 0], ids=["gathers only", "group of one"])
-def test_a_trainer_without_peers_walks_the_source(rank: int) -> None:
+def test_a_trainer_without_peers_gathers_every_weight(rank: int) -> None:
     source = WatchedSource(every_kind(seed=0))
     plan = Sides(source, workers=0).plan
     with Ranks([]) as ranks:
         groups = {} if rank else ranks.senders
         send(WeightBroadcaster(source, plan, rank=rank, device=CPU), groups)
     assert (
-        source.taken == list(plan.walk) == [index for index, name in enumerate(every_kind(seed=0)) if name != "empty"]
+        source.gathered
+        == list(plan.gather_order)
+        == [index for index, name in enumerate(every_kind(seed=0)) if name != "empty"]
     )
 
 
 @pytest.mark.parametrize("slow", ["sender", "receiver"])
-def test_a_slow_side_still_finds_its_own_bytes(slow: str) -> None:
+def test_a_slow_side_still_gets_its_own_bytes(slow: str) -> None:
     """Buffers are used in turn: neither side may overwrite what the other, or itself, still needs."""
     weights = {f"p{index}": torch.full((250,), float(index)).double() for index in range(24)}
     source = (
@@ -114,7 +117,7 @@ def test_a_bucket_leaves_as_soon_as_it_is_full() -> None:
 
 
 @pytest.mark.parametrize("bucket_bytes", [LARGE_BYTES, 3 * LARGE_BYTES, 1 << 26])
-def test_large_contiguous_pieces_travel_from_where_they_are_to_where_they_belong(bucket_bytes: int) -> None:
+def test_large_contiguous_pieces_are_sent_and_received_without_a_copy(bucket_bytes: int) -> None:
     weights = {
         "big": torch.randn(LARGE_BYTES),
         "one": torch.randn(LARGE_BYTES // 4),
@@ -127,14 +130,14 @@ def test_large_contiguous_pieces_travel_from_where_they_are_to_where_they_belong
         all_results(sent, ranks.start(receive, sides.receivers[0], into))
     (memory,) = sides.memories
     check_same_bytes(memory.tensors, weights)
-    assert out.stretches == stretches(weights, bucket_bytes)
-    assert into.stretches == stretches(memory.tensors, bucket_bytes)
-    assert not sides.broadcaster._lanes[0].window._buffers
-    assert not sides.receivers[0]._window._buffers
+    assert out.extents == extents(weights, bucket_bytes)
+    assert into.extents == extents(memory.tensors, bucket_bytes)
+    assert not sides.broadcaster._lanes[0].ring._buffers
+    assert not sides.receivers[0]._ring._buffers
 
 
-def stretches(weights: Weights, bucket_bytes: int) -> list[tuple[int, int]]:
-    """(address, bytes) of every tensor, in parts of at most a bucket."""
+def extents(weights: Weights, bucket_bytes: int) -> list[tuple[int, int]]:
+    """Return (address, bytes) of every tensor, in parts of at most a bucket."""
     return [
         (tensor.data_ptr() + start, min(bucket_bytes, tensor.nbytes - start))
         for tensor in weights.values()
@@ -148,18 +151,18 @@ def test_masters_of_another_dtype_are_packed_and_received_in_place() -> None:
     with Ranks([0]) as ranks:
         sides.sync(ranks)
     check_same_bytes(sides.memories[0].tensors, cast(weights, torch.bfloat16))
-    assert len(sides.broadcaster._lanes[0].window._buffers) == 2
-    assert not sides.receivers[0]._window._buffers
+    assert len(sides.broadcaster._lanes[0].ring._buffers) == 2
+    assert not sides.receivers[0]._ring._buffers
 
 
-def test_receivers_keep_room_for_what_is_not_received_in_place_only() -> None:
+def test_receivers_allocate_buffers_only_for_messages_that_are_not_received_in_place() -> None:
     weights = {"a": torch.randn(100).half(), "b": torch.randn(200).half(), "c": torch.randn(300).half()}
     source = WeightSource(weights)
     first, *others = whole_moves(source.manifest)
     sides = Sides(source, moves=(first, widened(source.manifest)[1], *others[1:]), bucket_bytes=1 << 20)
     with Ranks([0]) as ranks:
         sides.sync(ranks)
-    assert [buffer.nbytes for buffer in sides.receivers[0]._window._buffers] == [aligned(400)] * 2
+    assert [buffer.nbytes for buffer in sides.receivers[0]._ring._buffers] == [aligned(400)] * 2
     check_same_bytes(sides.memories[0].tensors, weights | {"b": weights["b"].double()})
 
 
@@ -169,39 +172,39 @@ def test_large_strided_weights_are_copied_once_and_live_until_they_are_sent() ->
     with Ranks([0]) as ranks:
         sides.sync(ranks)
     check_same_bytes(sides.memories[0].tensors, weights)
-    assert not sides.broadcaster._lanes[0].window._buffers
-    send(sides.broadcaster, {0: Nobody()})
+    assert not sides.broadcaster._lanes[0].ring._buffers
+    send(sides.broadcaster, {0: GroupOfOne()})
 
 
 def test_weights_on_another_device_are_packed() -> None:
     """A transport of one device cannot send from another."""
-    source, group = large_source(3), Nobody()
+    source, group = large_source(3), GroupOfOne()
     send(WeightBroadcaster(source, Sides(source).plan, device=torch.device("meta")), {0: group})
     assert group.devices == {"meta"}
 
 
-class Nobody:
-    """A group without peers whose broadcasts last until somebody waits for them."""
+class GroupOfOne:
+    """A group without peers whose broadcasts are under way until somebody waits for them."""
 
-    rank, size, gentle = 0, 1, False
+    rank, size, low_priority = 0, 1, False
 
     def __init__(self) -> None:
         self.devices: set[str] = set()
 
-    def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> "Lasting":
+    def broadcast(self, tensors: Sequence[torch.Tensor], *, root: int, deadline: Deadline) -> "UnfinishedWork":
         self.devices |= {tensor.device.type for tensor in tensors}
-        return Lasting(tensors)
+        return UnfinishedWork(tensors)
 
     def ready(self) -> bool:
         return True
 
-    def release(self) -> None: ...
+    def unmap(self) -> None: ...
 
     def close(self) -> None:
         pass
 
 
-class Lasting:
+class UnfinishedWork:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.tensors = [weakref.ref(tensor) for tensor in tensors]
 
@@ -210,10 +213,10 @@ class Lasting:
 
 
 class SlowSource(WeightSource):
-    """Takes its time over every parameter."""
+    """A source that takes 10 ms to gather a parameter."""
 
-    def walk(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        for item in super().walk(order):
+    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        for item in super().gather(order):
             time.sleep(0.01)
             yield item
 
@@ -223,6 +226,6 @@ def doubles(weights: Weights) -> Weights:
 
 
 def buffer_addresses(broadcaster: WeightBroadcaster, *receivers: WeightReceiver) -> Iterator[int]:
-    for window in (broadcaster._lanes[0].window, *(receiver._window for receiver in receivers)):
-        assert len(window._buffers) == 2
-        yield from (buffer.data_ptr() for buffer in window._buffers)
+    for ring in (broadcaster._lanes[0].ring, *(receiver._ring for receiver in receivers)):
+        assert len(ring._buffers) == 2
+        yield from (buffer.data_ptr() for buffer in ring._buffers)

@@ -1,4 +1,4 @@
-"""What is sent of a peft model: peft's own checkpoint, or what peft itself makes when it merges."""
+"""The weights sent of a peft model: those of peft's checkpoint, or those of peft's own `merge_and_unload`."""
 
 import copy
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    """A default process group of this process alone."""
+    """Make a default process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def randomized(model: Any) -> Any:
-    """With other values in all of A and B."""
+    """Return the model with new random values in all of A and B."""
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -46,37 +46,37 @@ def sent(source: WeightSource) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_and_b_go_under_pefts_names_and_make_pefts_delta(settings: dict[str, Any]) -> None:
+def test_a_and_b_have_pefts_names_and_make_pefts_delta(settings: dict[str, Any]) -> None:
     model = randomized(adapted(**settings))
     source = open_source(model, adapters=True)
-    found = sent(source)
+    weights = sent(source)
     assert isinstance(source, AdapterSource)
-    assert found.keys() == get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    assert weights.keys() == get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
-            delta = found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"]
+            delta = weights[f"{name}.lora_B.weight"] @ weights[f"{name}.lora_A.weight"]
             torch.testing.assert_close(delta, module.get_delta_weight("default"))
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_folded_model_is_what_peft_merges(settings: dict[str, Any]) -> None:
-    check_folded(randomized(adapted(**settings)))
+def test_a_merged_model_is_what_peft_merges(settings: dict[str, Any]) -> None:
+    check_merged(randomized(adapted(**settings)))
 
 
-def test_layers_that_keep_their_weight_transposed_are_folded_too() -> None:
+def test_layers_that_keep_their_weight_transposed_are_merged_too() -> None:
     config = LoraConfig(r=3, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
-    check_folded(randomized(get_peft_model(build("gpt2", seed=0), config)))
+    check_merged(randomized(get_peft_model(build("gpt2", seed=0), config)))
 
 
-def check_folded(model: Any) -> None:
+def check_merged(model: Any) -> None:
     before = copy.deepcopy(model.state_dict())
     source = open_source(model, adapters=False)
-    found = sent(source)
+    weights = sent(source)
     assert isinstance(source, MergedSource)
     expected = WeightSource(copy.deepcopy(model).merge_and_unload())
     assert [spec.name for spec in source.manifest.specs] == [spec.name for spec in expected.manifest.specs]
     for spec, tensor in expected:
-        torch.testing.assert_close(found[spec.name], tensor)
+        torch.testing.assert_close(weights[spec.name], tensor)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -88,9 +88,9 @@ def test_wrapped_and_sharded_models_send_the_same(adapters: bool) -> None:
     compiled: Any = torch.compile(randomized(adapted()))
     parallel: Any = torch.nn.parallel.DistributedDataParallel(randomized(adapted()))
     for model in (sharded, compiled, parallel):
-        found = sent(open_source(model, adapters=adapters))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        weights = sent(open_source(model, adapters=adapters))
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
 def test_values_and_scaling_are_those_of_the_moment() -> None:
@@ -114,12 +114,12 @@ def test_sums_are_made_in_the_wider_dtype() -> None:
     model = randomized(adapted(build("llama", seed=0).bfloat16(), target_modules=["q_proj"]))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.lora_A["default"].weight.dtype == torch.float32
-    found = sent(open_source(model, adapters=False))["model.layers.0.self_attn.q_proj.weight"]
+    weight = sent(open_source(model, adapters=False))["model.layers.0.self_attn.q_proj.weight"]
     exact = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
-    assert torch.equal(found, exact.float().bfloat16())
+    assert torch.equal(weight, exact.float().bfloat16())
 
 
-def test_one_of_several_adapters_is_named() -> None:
+def test_one_of_several_adapters_is_chosen_by_name() -> None:
     model = adapted()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
     assert len(open_source(model, adapters=True).manifest.specs) == 26
@@ -142,16 +142,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("adapters", [True, False])
-@pytest.mark.parametrize(("settings", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_is_more_than_a_and_b_is_refused(settings: dict[str, Any], words: str, adapters: bool) -> None:
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_adapters_that_need_more_than_a_and_b_are_refused(
+    settings: dict[str, Any], message: str, adapters: bool
+) -> None:
+    with pytest.raises(ValueError, match=message):
         open_source(adapted(**settings), adapters=adapters)
 
 
 @pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"bias": "lora_only"}])
-def test_adapters_that_change_base_weights_can_be_folded_alone(settings: dict[str, Any]) -> None:
+def test_adapters_that_change_base_weights_can_only_be_merged(settings: dict[str, Any]) -> None:
     model = randomized(adapted(**settings))
-    check_folded(model)
+    check_merged(model)
     with pytest.raises(ValueError, match="which changes the base weights that the engines keep"):
         open_source(model, adapters=True)
 
@@ -162,18 +164,18 @@ def test_other_kinds_of_adapters_are_refused() -> None:
         open_source(model, adapters=True)
 
 
-def test_a_tied_layer_cannot_be_folded() -> None:
+def test_a_tied_layer_cannot_be_merged() -> None:
     model = adapted(build("llama-tied", seed=0), target_modules=["lm_head"])
     with pytest.raises(ValueError, match="lm_head is tied to another layer"):
         open_source(model, adapters=False)
 
 
-def test_what_peft_has_merged_is_not_folded_twice() -> None:
+def test_what_peft_has_merged_is_not_merged_twice() -> None:
     model = randomized(adapted())
     source = open_source(model, adapters=False)
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"q_proj: peft has merged an adapter already: call unmerge_adapter\(\)"):
-        source.current()
+        source.current_manifest()
 
 
 def test_engines_with_lora_take_nothing_else() -> None:

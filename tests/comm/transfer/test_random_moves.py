@@ -30,7 +30,7 @@ class Job:
         manifest = self.sources[0].manifest
         params = range(len(manifest.specs))
         some = rng.sample(params, rng.randint(1, len(params)))
-        # Whatever the second keeps not, the first does.
+        # The first keeps whatever the second does not.
         keeps = {"a": [p for p in params if p not in some or rng.random() < 0.5], "b": some}
         self.sinks = {name: random_sink(rng, manifest, params) for name, params in keeps.items()}
         self.plan = self._plan(manifest)
@@ -46,7 +46,7 @@ class Job:
         return build_transfer(manifest, landings, WORKERS, senders=len(self.sources), bucket_bytes=bucket_bytes)
 
     def change(self) -> None:
-        """The trainer's weights get new values."""
+        """Give the trainer's weights new values."""
         for tensor in self.weights.values():
             tensor.copy_(random_values(self.rng, tensor.shape, tensor.dtype))
 
@@ -71,7 +71,7 @@ def test_memory_is_what_direct_copies_leave(ranks: Ranks, seed: int, senders: in
         for worker, memory in job.memories.items():
             check_tensors(memory, job.expected(worker))
             check_order(memory, job.sinks[WORKERS[worker]])
-    ranks.confirm(job.broadcasters, job.receivers)
+    ranks.verify(job.broadcasters, job.receivers)
     assert all(memory.events[0] == "begin" and memory.events[-1] == "commit" for memory in job.memories.values())
 
 
@@ -83,14 +83,14 @@ def check_tensors(memory: Memory, expected: dict[Key, torch.Tensor]) -> None:
 
 
 def check_order(memory: Memory, sink: Sink) -> None:
-    """`Memory` itself refuses moves that come after their stage was finished."""
+    """Check that every stage is finished once. (`Memory` itself refuses moves that come after their stage.)"""
     begin, *finishes, commit = memory.events
     assert (begin, commit) == ("begin", "commit")
     assert sorted(finishes) == sorted({f"finish {stage}" for stage, _ in sink.initial if stage is not None})
 
 
 def test_random_jobs_hold_every_kind() -> None:
-    """The test above means nothing without all of these."""
+    """Check that the test above covers every combination."""
     jobs = [Job(seed, senders=1) for seed in range(SEEDS)]
     messages = [message for job in jobs for lane in job.plan.lanes for message in lane.messages]
     moves = [move for job in jobs for sink in job.sinks.values() for move in sink.moves()]
@@ -115,7 +115,7 @@ def test_every_worker_gets_exactly_its_bytes(ranks: Ranks, senders: int) -> None
         assert taps[worker].broadcasts == len(job.plan.lane_of(worker).buckets)
 
 
-def test_every_sending_rank_walks_the_whole_source(ranks: Ranks) -> None:
+def test_every_sending_rank_gathers_every_weight(ranks: Ranks) -> None:
     job = Job(5, senders=2)
     ranks.sync(job.broadcasters, job.receivers)
-    assert [source.taken for source in job.sources] == [list(job.plan.walk)] * 2
+    assert [source.gathered for source in job.sources] == [list(job.plan.gather_order)] * 2

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rollcast.comm import Deadline, host_store, join_group
-from rollcast.comm.transport.base import Parcel
+from rollcast.comm.transport import PersistentTensors
 
 CPU = torch.device("cpu")
 PAGE = 1 << 12
@@ -22,18 +22,18 @@ MODULES = ("rollcast.comm.transport.ipc", "rollcast.comm.transport.ipc_memory")
 
 
 class Runtime:
-    """What the transport asks of CUDA. A handle is the address; allocations are pages, with the numbers given here."""
+    """A stand-in for the CUDA runtime. A handle is the address; allocations are pages, all with the number `number`."""
 
     def __init__(self) -> None:
         self.mapped: list[int] = []
         self.number = 0
-        self.asked = 0
+        self.lookups = 0
 
     def allocation(self, address: int) -> Any:
-        # It needs this stand-in to be imported.
+        # Can be imported only after this stand-in is in place.
         from rollcast.comm.transport.ipc_memory import Allocation
 
-        self.asked += 1
+        self.lookups += 1
         return Allocation(address // PAGE * PAGE, 1 << 20, self.number, exportable=True)
 
     def ipcGetMemHandle(self, address: int) -> bytes:
@@ -83,8 +83,8 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-class Side:
-    """A sender and its receivers, each with a thread for what blocks."""
+class Ranks:
+    """A sender and its receivers, each with a thread for blocking calls."""
 
     def __init__(self, receivers: int) -> None:
         self.store, address = host_store("127.0.0.1", timeout_s=20)
@@ -107,96 +107,94 @@ class Side:
     def broadcast(self, source: torch.Tensor) -> list[torch.Tensor]:
         targets = [torch.zeros_like(source) for _ in self.receivers]
         reading = [
-            self.threads.submit(lambda group=group, to=to: receive(group, to))
-            for group, to in zip(self.receivers, targets, strict=True)
+            self.threads.submit(lambda group=group, target=target: take_part(group, [target]))
+            for group, target in zip(self.receivers, targets, strict=True)
         ]
-        receive(self.sender, source)
+        take_part(self.sender, [source])
         for future in reading:
             future.result(10)
         return targets
 
 
-def receive(group: Any, tensor: torch.Tensor) -> None:
-    pass_on(group, [tensor])
-
-
-def pass_on(group: Any, tensors: list[torch.Tensor]) -> None:
+def take_part(group: Any, tensors: list[torch.Tensor]) -> None:
     group.broadcast(tensors, root=0, deadline=Deadline(10)).wait(Deadline(10))
 
 
-def test_every_receiver_reads_what_is_offered(runtime: Runtime) -> None:
-    side = Side(2)
+def test_every_receiver_reads_the_senders_bytes(runtime: Runtime) -> None:
+    ranks = Ranks(2)
     for turn in range(5):
         source = torch.arange(1000, dtype=torch.uint8) + turn
-        assert all(torch.equal(target, source) for target in side.broadcast(source))
-    side.sender.close()
-    for group in side.receivers:
+        assert all(torch.equal(target, source) for target in ranks.broadcast(source))
+    ranks.sender.close()
+    for group in ranks.receivers:
         group.close()
         group.close()
     assert runtime.mapped == []
 
 
 def test_memory_that_was_freed_is_not_kept_mapped(runtime: Runtime) -> None:
-    side = Side(1)
+    ranks = Ranks(1)
     source = torch.arange(100, dtype=torch.uint8)
-    side.broadcast(source)
-    side.broadcast(source)
+    ranks.broadcast(source)
+    ranks.broadcast(source)
     assert len(runtime.mapped) == 1
     runtime.number += 1
-    side.broadcast(source)
+    ranks.broadcast(source)
     assert len(runtime.mapped) == 1
 
 
-def test_what_comes_again_is_found_once_and_anew_after_a_release(runtime: Runtime) -> None:
-    side = Side(1)
-    source, target = Parcel([torch.zeros(100, dtype=torch.uint8)]), Parcel([torch.zeros(100, dtype=torch.uint8)])
-    assert not side.receivers[0].ready()
+def test_persistent_tensors_are_looked_up_once_and_mapped_again_after_unmap(runtime: Runtime) -> None:
+    ranks = Ranks(1)
+    source = PersistentTensors([torch.zeros(100, dtype=torch.uint8)])
+    target = PersistentTensors([torch.zeros(100, dtype=torch.uint8)])
+    assert not ranks.receivers[0].ready()
     for turn in range(6):
         source[0].fill_(turn)
         if turn == 3:
-            side.receivers[0].release()
+            ranks.receivers[0].unmap()
             assert runtime.mapped == []
         if turn == 5:
-            # The sender has other memory now.
+            # The sender's tensors are in other memory now.
             runtime.number += 1
-            source = Parcel([torch.full((100,), turn, dtype=torch.uint8)])
-        asked = runtime.asked
-        reading = side.threads.submit(pass_on, side.receivers[0], target)
-        pass_on(side.sender, source)
+            source = PersistentTensors([torch.full((100,), turn, dtype=torch.uint8)])
+        lookups = runtime.lookups
+        reading = ranks.threads.submit(take_part, ranks.receivers[0], target)
+        take_part(ranks.sender, source)
         reading.result(10)
         assert torch.equal(target[0], source[0])
-        assert (runtime.asked > asked) == (turn in (0, 5)) and runtime.mapped
-    side.sender.broadcast(source, root=0, deadline=Deadline(10))
-    assert side.receivers[0].ready()
+        assert (runtime.lookups > lookups) == (turn in (0, 5)) and runtime.mapped
+    ranks.sender.broadcast(source, root=0, deadline=Deadline(10))
+    assert ranks.receivers[0].ready()
 
 
-def test_memory_that_was_freed_and_given_again_fails_one_broadcast(runtime: Runtime) -> None:
-    side = Side(1)
-    source, target = Parcel([torch.ones(100, dtype=torch.uint8)]), Parcel([torch.zeros(100, dtype=torch.uint8)])
+def test_memory_that_was_freed_and_allocated_again_fails_one_broadcast(runtime: Runtime) -> None:
+    ranks = Ranks(1)
+    source = PersistentTensors([torch.ones(100, dtype=torch.uint8)])
+    target = PersistentTensors([torch.zeros(100, dtype=torch.uint8)])
     for turn, fails in enumerate((False, False, True, False)):
         runtime.number += fails
         source[0].fill_(turn)
-        reading = side.threads.submit(pass_on, side.receivers[0], target)
+        reading = ranks.threads.submit(take_part, ranks.receivers[0], target)
         with pytest.raises(RuntimeError, match="in other memory") if fails else contextlib.nullcontext():
-            pass_on(side.sender, source)
+            take_part(ranks.sender, source)
         reading.result(10)
     assert torch.equal(target[0], source[0])
 
 
 def test_other_sizes_are_refused(runtime: Runtime) -> None:
-    side = Side(1)
-    reading = side.threads.submit(receive, side.receivers[0], torch.zeros(5, dtype=torch.uint8))
-    side.sender.broadcast([torch.zeros(6, dtype=torch.uint8)], root=0, deadline=Deadline(10))
-    with pytest.raises(RuntimeError, match="other tensors than this side expects"):
+    ranks = Ranks(1)
+    reading = ranks.threads.submit(take_part, ranks.receivers[0], [torch.zeros(5, dtype=torch.uint8)])
+    ranks.sender.broadcast([torch.zeros(6, dtype=torch.uint8)], root=0, deadline=Deadline(10))
+    with pytest.raises(RuntimeError, match="tensors of other sizes than this rank expects"):
         reading.result(10)
 
 
 @pytest.mark.parametrize("who", ["sender", "receiver"])
 def test_a_rank_that_leaves_is_named_at_once(runtime: Runtime, who: str) -> None:
-    side = Side(1)
+    ranks = Ranks(1)
     tensor = torch.zeros(5, dtype=torch.uint8)
-    stays, leaves = (side.receivers[0], side.sender) if who == "sender" else (side.sender, side.receivers[0])
-    waiting = side.threads.submit(receive, stays, tensor)
+    stays, leaves = (ranks.receivers[0], ranks.sender) if who == "sender" else (ranks.sender, ranks.receivers[0])
+    waiting = ranks.threads.submit(take_part, stays, [tensor])
     time.sleep(0.2)
     start = time.perf_counter()
     leaves.close()

@@ -1,4 +1,4 @@
-"""The command line of the GRPO job, and how a user's own task is found."""
+"""The command line of the GRPO job, and the import of a user's own task."""
 
 import os
 import random
@@ -27,8 +27,8 @@ def test_help_mentions_every_flag_and_default(capsys: pytest.CaptureFixture[str]
         parse(["--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    words = set(shown.replace(",", " ").split())
-    assert [flag for flag in FLAGS if flag not in words] == []
+    mentioned = set(shown.replace(",", " ").split())
+    assert [flag for flag in FLAGS if flag not in mentioned] == []
     assert "torchrun" in shown
     assert f"(default: {GrpoConfig().learning_rate})" in " ".join(shown.split())
 
@@ -48,7 +48,7 @@ def test_flags_reach_their_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         ("--prompts-per-step 9 --trainers 2", "prompts_per_step 9 cannot be split evenly over 2 trainers"),
         (
@@ -72,11 +72,11 @@ def test_flags_reach_their_settings() -> None:
         ("--unheard-of 1", "unrecognized arguments: --unheard-of 1"),
     ],
 )
-def test_bad_values_end_with_a_message(flags: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_values_end_with_a_message(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         parse(flags.split())
     assert end.value.code == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_no_trainers_end_with_a_message() -> None:
@@ -109,7 +109,7 @@ def test_reward_is_found_in_the_current_folder(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "words"),
+    ("path", "message"),
     [
         ("{}.rewards", "is not of the form package.module:function"),
         ("{}.rewards:", "is not of the form package.module:function"),
@@ -120,9 +120,9 @@ def test_reward_is_found_in_the_current_folder(package: str) -> None:
         ("{}.rewards:LIMIT", "is not a function but int"),
     ],
 )
-def test_reward_that_cannot_be_used_is_named(path: str, words: str, package: str) -> None:
+def test_reward_that_cannot_be_used_is_named(path: str, message: str, package: str) -> None:
     path = path.format(package)
-    with pytest.raises(ValueError, match=words) as refusal:
+    with pytest.raises(ValueError, match=message) as refusal:
         import_reward(path)
     assert repr(path) in str(refusal.value)
 
@@ -134,13 +134,13 @@ def test_prompts_are_the_lines_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [(None, "there is no prompts file"), ("", "is empty"), ("\n\n", "is empty")], ids=repr
+    ("text", "message"), [(None, "there is no prompts file"), ("", "is empty"), ("\n\n", "is empty")], ids=repr
 )
-def test_prompts_file_that_cannot_be_used_is_named(text: str | None, words: str, tmp_path: Path) -> None:
+def test_prompts_file_that_cannot_be_used_is_named(text: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=words) as refusal:
+    with pytest.raises(ValueError, match=message) as refusal:
         read_prompts(str(path))
     assert repr(str(path)) in str(refusal.value)
 
@@ -175,7 +175,7 @@ def test_help_of_the_program_needs_neither_torchrun_nor_vllm(tmp_path: Path) -> 
     assert not imported & {"vllm", "transformers", "matplotlib"}
 
 
-def test_starting_without_torchrun_says_so(
+def test_starting_without_torchrun_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["grpo", "--runs", str(tmp_path / "runs")])

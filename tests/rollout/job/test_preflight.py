@@ -11,10 +11,10 @@ import torch
 from torch import distributed as dist
 
 from rollcast.rollout import PreflightError, RolloutConfig
-from rollcast.rollout.job.preflight import check_cards, check_vllm, preflight, select_visible
+from rollcast.rollout.job.preflight import check_placement, check_vllm, preflight, select_visible
 from rollcast.rollout.job.world import World, without_torchrun
 from rollcast.rollout.pool.dispatcher import check_prompts
-from rollcast.rollout.protocol.registry import Card
+from rollcast.rollout.protocol.registry import RankInfo
 
 UUIDS = ["GPU-aaaa-0", "GPU-aabb-1", "GPU-cccc-2", "GPU-dddd-3"]
 
@@ -63,8 +63,8 @@ def test_prompts_must_leave_room_for_a_token() -> None:
         check_prompts([[1], []], max_model_len=8)
 
 
-def cards(*places: tuple[str, str | None], visible: int = 8) -> list[Card]:
-    return [Card(host, gpu, visible, f"10.0.0.{ord(host)}") for host, gpu in places]
+def cards(*places: tuple[str, str | None], visible: int = 8) -> list[RankInfo]:
+    return [RankInfo(host, gpu, visible, f"10.0.0.{ord(host)}") for host, gpu in places]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def cards(*places: tuple[str, str | None], visible: int = 8) -> list[Card]:
     ],
     ids=["one machine", "same UUID on two machines", "engine beside the trainer's machine"],
 )
-def test_cards_that_fit(found: list[Card], tensor_parallel_size: int) -> None:
-    check_cards(found, world(len(found), tensor_parallel_size=tensor_parallel_size), device="cuda")
+def test_cards_that_fit(found: list[RankInfo], tensor_parallel_size: int) -> None:
+    check_placement(found, world(len(found), tensor_parallel_size=tensor_parallel_size), device="cuda")
 
 
 @pytest.mark.parametrize(
@@ -90,15 +90,15 @@ def test_cards_that_fit(found: list[Card], tensor_parallel_size: int) -> None:
     ],
     ids=["shared GPU", "too few", "none", "engine on two machines"],
 )
-def test_cards_that_do_not_fit(found: list[Card], tensor_parallel_size: int, words: str) -> None:
+def test_cards_that_do_not_fit(found: list[RankInfo], tensor_parallel_size: int, words: str) -> None:
     with pytest.raises(PreflightError, match=words):
-        check_cards(found, world(len(found), tensor_parallel_size=tensor_parallel_size), device="cuda")
+        check_placement(found, world(len(found), tensor_parallel_size=tensor_parallel_size), device="cuda")
 
 
 def test_cpu_ranks_share_a_machine_but_engines_do_not_span_two() -> None:
-    check_cards(cards(("a", None), ("a", None), visible=0), world(2), device="cpu")
+    check_placement(cards(("a", None), ("a", None), visible=0), world(2), device="cpu")
     with pytest.raises(PreflightError, match="spans the machines"):
-        check_cards(cards(("a", None), ("a", None), ("b", None)), world(3, tensor_parallel_size=2), device="cpu")
+        check_placement(cards(("a", None), ("a", None), ("b", None)), world(3, tensor_parallel_size=2), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,6 @@ def test_settings_come_from_the_model(model: str) -> None:
     ("settings", "words"),
     [
         ({"pause_mode": "stop"}, "unknown pause_mode 'stop', expected one of keep, wait, abort"),
-        ({"prefix_cache": "drop"}, "unknown prefix_cache 'drop', expected one of salt, clear, keep"),
         ({"device": "tpu"}, "unknown device 'tpu', expected one of auto, cpu, cuda"),
         ({"dtype": "float31"}, "unknown dtype 'float31', expected one of float32, bfloat16, float16"),
         ({"trainers": 0}, "trainers must be positive, got 0"),
@@ -230,10 +229,10 @@ def test_engines_do_not_see_torchruns_variables() -> None:
 
 
 def test_a_rank_that_other_machines_cannot_reach_is_named() -> None:
-    alone = [Card("a", None, 0, "127.0.0.1"), Card("a", None, 0, "127.0.0.1")]
-    check_cards(alone, world(2), device="cpu")
+    alone = [RankInfo("a", None, 0, "127.0.0.1"), RankInfo("a", None, 0, "127.0.0.1")]
+    check_placement(alone, world(2), device="cpu")
     with pytest.raises(PreflightError, match="rank 1 on a has only a loopback address"):
-        check_cards([Card("b", None, 0, "10.0.0.1"), alone[0]], world(2), device="cpu")
+        check_placement([RankInfo("b", None, 0, "10.0.0.1"), alone[0]], world(2), device="cpu")
 
 
 @pytest.mark.parametrize("missing", [False, True], ids=["works", "rank 1 has no model"])

@@ -1,4 +1,4 @@
-"""Loaders compiled to a plan: carrying the plan out writes what the loader writes, bit for bit, or is refused by name.
+"""Loaders compiled to a plan: applying it writes what the loader writes, bit for bit, or the loader is refused by name.
 
 The loaders here are short functions in the manner of vLLM's, run natively and through their plans.
 """
@@ -173,7 +173,7 @@ def test_what_cannot_be_followed_is_refused_by_name(name: str) -> None:
     KEPT.clear()
 
 
-def test_a_loader_that_collects_all_weights_first_is_told_so() -> None:
+def test_a_loader_that_collects_all_weights_first_is_named_with_the_last() -> None:
     last = whole(lambda to, of: to["a"].copy_(of["a"][of["a"] > 0]))
     with pytest.raises(LandingError, match=r"parameter b .*the last one, or one that it had put aside: "):
         Toy(last, AB, AB).compile()
@@ -195,8 +195,8 @@ OUT_OF_TURN = {
 
 @pytest.mark.parametrize("name", OUT_OF_TURN)
 def test_an_order_that_a_plan_cannot_keep_is_refused(name: str) -> None:
-    loader, words = OUT_OF_TURN[name]
-    with pytest.raises(LandingError, match=words):
+    loader, message = OUT_OF_TURN[name]
+    with pytest.raises(LandingError, match=message):
         Toy(loader, A, A).compile()
 
 

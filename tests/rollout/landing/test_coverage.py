@@ -1,4 +1,4 @@
-"""Sets of elements and what is wrong with writes, against masks made element by element."""
+"""Sets of elements and descriptions of faulty writes, against masks made element by element."""
 
 import random
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from rollcast.comm import Region
-from rollcast.rollout.landing.coverage import Elements, coverage
+from rollcast.rollout.landing.coverage import ElementSet, coverage
 
 SIZE = 60
 WHOLE = Region.whole((SIZE,), torch.float32)
 
 
 def random_region(rng: random.Random) -> Region:
-    """Of a tensor of `SIZE` elements: any view, or a window with strides of its own."""
+    """Return a region of a tensor of `SIZE` elements: any view, or a window with strides of its own."""
     shape = rng.choice([(60,), (6, 10), (3, 4, 5), (2, 5, 6), (1, 60), (5, 1, 12)])
     view = torch.empty(SIZE, device="meta").view(shape)
     for _ in range(rng.randint(0, 4)):
@@ -32,7 +32,7 @@ def random_region(rng: random.Random) -> Region:
 
 
 def counts(*regions: Region) -> torch.Tensor:
-    """How often the regions have each element."""
+    """Count how often the regions have each element."""
     flat = torch.arange(SIZE)
     numbers = [flat.as_strided(region.shape, region.stride, region.offset).flatten() for region in regions]
     return torch.bincount(torch.cat([torch.empty(0, dtype=torch.int64), *numbers]), minlength=SIZE)
@@ -44,7 +44,7 @@ def test_elements_are_a_set() -> None:
 
 
 def check_set(rng: random.Random) -> None:
-    have, elements = [], Elements()
+    have, elements = [], ElementSet()
     for _ in range(rng.randint(0, 6)):
         part = random_region(rng)
         owned, asked = counts(*have) > 0, counts(part) > 0
@@ -54,7 +54,7 @@ def check_set(rng: random.Random) -> None:
         have.append(part)
 
 
-def test_every_element_once_or_in_words() -> None:
+def test_every_element_is_written_once_or_the_fault_is_described() -> None:
     for seed in range(300):
         check_coverage(random.Random(seed))
 
@@ -75,12 +75,12 @@ def check_coverage(rng: random.Random) -> None:
     assert bool(problem) == (twice or missing > 0)
 
 
-def test_the_first_elements_that_are_written_twice_are_told() -> None:
+def test_the_first_elements_that_are_written_twice_are_named() -> None:
     problem = coverage(WHOLE, [WHOLE.rows(0, 30), WHOLE.rows(20, 40)], [])
     assert problem == "the loader writes elements 20 to 30 twice"
 
 
-def test_writes_outside_are_told() -> None:
+def test_writes_outside_are_named() -> None:
     for outside in (WHOLE.rows(0, 12), WHOLE.rows(5, 10), WHOLE.rows(20, 2)):
         assert coverage(WHOLE.rows(0, 10), [outside], []) == "the loader writes outside of it"
 
@@ -97,12 +97,12 @@ def test_a_tensor_with_gaps_is_whole_without_them() -> None:
 def test_nothing_is_covered_by_nothing(shape: tuple[int, ...]) -> None:
     empty = Region.whole(shape, torch.float32)
     assert coverage(empty, [], []) is None and coverage(empty, [empty], []) is None
-    assert Elements().covers(empty) and not Elements().overlaps(empty)
+    assert ElementSet().covers(empty) and not ElementSet().overlaps(empty)
 
 
 def test_a_million_rows_take_no_time_for_each() -> None:
     """Experts are loaded in parts: the parts that adjoin are one."""
-    elements, rows = Elements(), Region.whole((20_000, 50), torch.float32)
+    elements, rows = ElementSet(), Region.whole((20_000, 50), torch.float32)
     for start in range(0, 20_000, 4):
         part = rows.rows(start, 4)
         assert not elements.overlaps(part)

@@ -1,4 +1,4 @@
-"""The plan as data: what is wrong with it in words, and bytes that hold all of it."""
+"""The plan as data: its problems are described, and its bytes hold all of it."""
 
 import re
 from collections.abc import Callable
@@ -44,11 +44,11 @@ CHECKS: dict[str, tuple[Loader, str, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("loader", "sent", "words"), CHECKS.values(), ids=CHECKS)
-def test_check_names_what_does_not_fit(loader: Loader, sent: str, words: list[str]) -> None:
+@pytest.mark.parametrize(("loader", "sent", "expected"), CHECKS.values(), ids=CHECKS)
+def test_check_names_what_does_not_fit(loader: Loader, sent: str, expected: list[str]) -> None:
     problems = Toy(loader, dict.fromkeys(sent, (3, 4)), BOTH).compile().check()
-    assert len(problems) == len(words)
-    assert all(re.match(start, problem) for problem, start in zip(problems, words, strict=True)), problems
+    assert len(problems) == len(expected)
+    assert all(re.match(start, problem) for problem, start in zip(problems, expected, strict=True)), problems
 
 
 def loader_of_layers(live: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
@@ -60,21 +60,21 @@ def loader_of_layers(live: dict[str, torch.Tensor], weights: dict[str, torch.Ten
 
 
 @pytest.mark.parametrize(
-    ("without", "words"),
+    ("without", "expected"),
     [
-        (("h.1.w2",), {"model.h.1.w12": r"12 of 24 .*, by the look of other layers h\.1\.w2$"}),
-        (("h.0.w1", "h.10.w1"), {"model.h.0.w12": r"h\.0\.w1$", "model.h.10.w12": r"h\.10\.w1$"}),
-        (("h.1.w1", "h.1.w2"), {"model.h.1.w12": r"24 of 24 .* other layers h\.1\.w1, h\.1\.w2$"}),
+        (("h.1.w2",), {"model.h.1.w12": r"12 of 24 .* what they need \(judging by other layers: h\.1\.w2\)$"}),
+        (("h.0.w1", "h.10.w1"), {"model.h.0.w12": r"h\.0\.w1\)$", "model.h.10.w12": r"h\.10\.w1\)$"}),
+        (("h.1.w1", "h.1.w2"), {"model.h.1.w12": r"24 of 24 .* other layers: h\.1\.w1, h\.1\.w2\)$"}),
         (("h.0.w1", "h.1.w1", "h.10.w1"), {f"model.h.{layer}.w12": "what they need$" for layer in (0, 1, 10)}),
     ],
 )
-def test_what_the_trainer_leaves_out_is_named_after_other_layers(without: tuple[str, ...], words: Any) -> None:
+def test_what_the_trainer_leaves_out_is_named_after_other_layers(without: tuple[str, ...], expected: Any) -> None:
     sent = {f"h.{layer}.{half}": (3, 4) for layer in (0, 1, 10) for half in ("w1", "w2")}
     targets = {f"model.h.{layer}.w12": (6, 4) for layer in (0, 1, 10)}
     kept = {name: shape for name, shape in sent.items() if name not in without}
     problems = dict(problem.split(": ", 1) for problem in Toy(whole(loader_of_layers), kept, targets).compile().check())
-    assert problems.keys() == words.keys()
-    assert all(re.search(words[name], problem) for name, problem in problems.items()), problems
+    assert problems.keys() == expected.keys()
+    assert all(re.search(expected[name], problem) for name, problem in problems.items()), problems
 
 
 def test_what_the_compiler_refuses_comes_first() -> None:

@@ -1,4 +1,4 @@
-"""What the recorder makes of views, copies and buffers, against torch itself."""
+"""How the recorder resolves views, copies and buffers, against torch itself."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -10,8 +10,8 @@ from oddloaders import Tensors, Toy, both, changed, each, land
 from rollcast.comm import Manifest, ParamSpec, Region
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.compiler import record
-from rollcast.rollout.landing.recorder import through_copy
-from rollcast.rollout.landing.tape import Op, Ref, carry_out
+from rollcast.rollout.landing.recorder import region_before_copy
+from rollcast.rollout.landing.tape import Op, Ref, replay
 
 SHAPES = ((24,), (4, 6), (2, 3, 4), (1, 6, 4), (5, 1), (2, 2, 3, 2), (0, 3), ())
 View = Callable[[torch.Tensor], torch.Tensor]
@@ -70,17 +70,17 @@ def test_random_chains_land_as_they_load(batch: int) -> None:
 def check_chain(rng: random.Random, seed: int) -> None:
     take = random_chain(rng, torch.empty(shape := rng.choice(SHAPES)), rng.randint(0, 6), only_views=False)
     piece = through(take, torch.zeros(shape))
-    room = torch.empty([size + rng.randint(0, 2) for size in piece.shape])
-    lowest = [rng.randint(0, had - size) for had, size in zip(room.shape, piece.shape, strict=True)]
+    space = torch.empty([size + rng.randint(0, 2) for size in piece.shape])
+    lowest = [rng.randint(0, had - size) for had, size in zip(space.shape, piece.shape, strict=True)]
     part = tuple(slice(start, start + size) for start, size in zip(lowest, piece.shape, strict=True))
-    turn = rng.sample(range(room.dim()), room.dim())
+    turn = rng.sample(range(space.dim()), space.dim())
 
     def step(parameter: torch.Tensor, weight: torch.Tensor) -> None:
         parameter.zero_()
         back = sorted(range(len(turn)), key=lambda dim: turn[dim])
         parameter.permute(back)[part].copy_(through(take, weight))
 
-    toy = Toy(both(step), {"a": shape}, {"a": tuple(room.permute(turn).shape)})
+    toy = Toy(both(step), {"a": shape}, {"a": tuple(space.permute(turn).shape)})
     plan = toy.compile()
     assert plan.check() == []
     live, weights = toy.parameters(), toy.weights(seed=seed)
@@ -89,8 +89,8 @@ def check_chain(rng: random.Random, seed: int) -> None:
 
 
 def test_a_part_of_a_copy_is_a_part_of_the_original() -> None:
-    found = [check_part(random.Random(seed)) for seed in range(1000)]
-    assert sum(found) > 700, "most parts are found"
+    parts = [check_part(random.Random(seed)) for seed in range(1000)]
+    assert sum(parts) > 700, "most parts are found"
 
 
 def check_part(rng: random.Random) -> bool:
@@ -99,26 +99,26 @@ def check_part(rng: random.Random) -> bool:
     original = through(random_chain(rng, original, rng.randint(0, 4), only_views=True), original)
     copy = original.clone() if rng.random() < 0.5 else original.clone(memory_format=torch.contiguous_format)
     part = through(random_chain(rng, copy, rng.randint(0, 5), only_views=True), copy)
-    region = through_copy(Region.of(original), Region.of(copy), Region.of(part))
+    region = region_before_copy(Region.of(original), Region.of(copy), Region.of(part))
     assert region is None or torch.equal(region.view(flat), part)
     return region is not None
 
 
 def test_a_row_of_a_transposed_copy_is_a_column() -> None:
     original, copy = Region((4, 3), (1, 4), 5, torch.int8), Region.whole((4, 3), torch.int8)
-    assert through_copy(original, copy, copy.rows(2, 1)) == Region((1, 3), (0, 4), 7, torch.int8)
+    assert region_before_copy(original, copy, copy.rows(2, 1)) == Region((1, 3), (0, 4), 7, torch.int8)
 
 
 def test_elements_that_a_copy_puts_side_by_side_are_no_part_of_the_original() -> None:
     """Row ends and row starts of a transposed original are far apart."""
     original, copy = Region((4, 3), (1, 4), 0, torch.int8), Region.whole((4, 3), torch.int8)
-    assert through_copy(original, copy, Region((4,), (1,), 1, torch.int8)) is None
+    assert region_before_copy(original, copy, Region((4,), (1,), 1, torch.int8)) is None
 
 
 def test_elements_around_the_end_of_a_copied_row_are_no_part_of_the_original() -> None:
     original, copy = Region((2, 3), (1, 2), 0, torch.int8), Region.whole((2, 3), torch.int8)
-    assert through_copy(original, copy, Region((2,), (2,), 1, torch.int8)) is None
-    assert through_copy(original, copy, Region((2,), (2,), 0, torch.int8)) == Region((2,), (4,), 0, torch.int8)
+    assert region_before_copy(original, copy, Region((2,), (2,), 1, torch.int8)) is None
+    assert region_before_copy(original, copy, Region((2,), (2,), 0, torch.int8)) == Region((2,), (4,), 0, torch.int8)
 
 
 WIDTHS = {
@@ -151,8 +151,8 @@ def test_every_value_of_a_narrow_dtype_passes_a_wide_one() -> None:
         assert torch.equal(values.float().to(narrow).view(torch.int16), values.view(torch.int16))
 
 
-def notes(step: Callable[[torch.Tensor, torch.Tensor], object]) -> list[str]:
-    """The operations that are noted of a loader of one parameter."""
+def recorded(step: Callable[[torch.Tensor, torch.Tensor], object]) -> list[str]:
+    """Return the operations that are recorded of a loader of one parameter."""
     target = torch.empty(4, 4, device="meta")
 
     def load(pairs: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -163,12 +163,12 @@ def notes(step: Callable[[torch.Tensor, torch.Tensor], object]) -> list[str]:
     return [op.func.split(".")[1] for op in recording.ops]
 
 
-def test_views_and_looks_at_shapes_need_no_note() -> None:
-    assert notes(lambda p, w: (w.t()[1:].unsqueeze(0), w.is_contiguous(), w.size(), p.data.chunk(2))) == []
+def test_views_and_shape_queries_are_not_recorded() -> None:
+    assert recorded(lambda p, w: (w.t()[1:].unsqueeze(0), w.is_contiguous(), w.size(), p.data.chunk(2))) == []
 
 
 def test_what_the_loader_does_with_its_own_tensors_is_its_own_business() -> None:
-    assert notes(lambda p, w: torch.ones(3).add_(1).sum().item()) == []
+    assert recorded(lambda p, w: torch.ones(3).add_(1).sum().item()) == []
 
 
 def test_values_are_those_of_the_moment() -> None:
@@ -195,26 +195,26 @@ def test_memory_that_is_free_again_is_not_taken_for_a_weight() -> None:
         for size in (4, 8, 16) * 50:
             torch.ones(size, size).add_(1)
 
-    assert notes(step)[0] == "copy_" and len(notes(step)) == 2
+    assert recorded(step)[0] == "copy_" and len(recorded(step)) == 2
 
 
 @pytest.mark.parametrize("step", [lambda p, w: p.t_(), lambda p, w: p.resize_(8, 8), lambda p, w: w.resize_(8, 8)])
 def test_another_shape_or_memory_in_place_is_refused(step: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
     with pytest.raises(LandingError, match=r"parameter p .*in place"):
-        notes(step)
+        recorded(step)
 
 
 def test_buffers_are_made_where_the_weights_are() -> None:
     tensors: dict[tuple[str, int | str], torch.Tensor] = {("live", "p"): torch.empty(3, device="meta")}
-    made = Ref("temp", 1, Region.whole((3,), torch.float32))
-    carry_out((Op("aten.zeros.default", ([3],), {}, (made,)),), tensors)
+    result = Ref("temp", 1, Region.whole((3,), torch.float32))
+    replay((Op("aten.zeros.default", ([3],), {}, (result,)),), tensors)
     assert tensors["temp", 1].is_meta
 
 
 def test_a_result_of_another_shape_is_refused() -> None:
-    made = Ref("temp", 1, Region.whole((4,), torch.float32))
+    result = Ref("temp", 1, Region.whole((4,), torch.float32))
     with pytest.raises(LandingError, match=r"expected \[4\] torch.float32, got \[3\]"):
-        carry_out((Op("aten.zeros.default", ([3],), {}, (made,)),), {("live", "p"): torch.empty(3)})
+        replay((Op("aten.zeros.default", ([3],), {}, (result,)),), {("live", "p"): torch.empty(3)})
 
 
 def test_a_loader_that_fails_is_quoted() -> None:
@@ -222,6 +222,6 @@ def test_a_loader_that_fails_is_quoted() -> None:
         assert parameter.shape == (3, 3), f"expected 3x3, got {list(weight.shape)}"
 
     with pytest.raises(LandingError, match=r"parameter p \[4, 4\] float32: expected 3x3, got \[4, 4\]"):
-        notes(step)
+        recorded(step)
     with pytest.raises(LandingError, match=r"parameter p .*: NotImplementedError without a message"):
-        notes(lambda p, w: (_ for _ in ()).throw(NotImplementedError()))
+        recorded(lambda p, w: (_ for _ in ()).throw(NotImplementedError()))

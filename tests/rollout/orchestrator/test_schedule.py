@@ -9,10 +9,10 @@ from timeline import Timeline
 from rollcast.rollout import Mode, OrchestratorError, async_, on_policy, one_step_off
 from rollcast.rollout.orchestrator.schedule import (
     TABLE,
-    Begun,
     Generate,
     Generated,
     Phase,
+    Started,
     State,
     Sync,
     Synced,
@@ -150,14 +150,14 @@ def test_training_that_may_drop_never_waits_while_a_fresh_batch_is_there() -> No
 
 def test_engines_that_serve_older_weights_than_synced_are_an_error() -> None:
     state = State(mode=async_(max_staleness=3), steps=9, version=4)
-    assert state.step(Begun()) == [Generate(0), Generate(1), Generate(2), Generate(3)]
+    assert state.step(Started()) == [Generate(0), Generate(1), Generate(2), Generate(3)]
     with pytest.raises(OrchestratorError, match=r"batch 1 has tokens of version 3, but began when .* version 4"):
         state.step(Generated({0: 4, 1: 3}))
 
 
 def test_versions_go_on_from_where_an_earlier_run_ended() -> None:
     state = State(mode=on_policy(), steps=1, version=7)
-    events = (Begun(), Generated({0: 7}), Trained(), Generated(), Synced())
+    events = (Started(), Generated({0: 7}), Trained(), Generated(), Synced())
     assert [state.step(event) for event in events] == [[Generate(0)], [Train(0)], [], [Sync(8)], []]
     assert (state.phase, state.version) == (Phase.OVER, 8)
 

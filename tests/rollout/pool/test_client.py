@@ -1,4 +1,4 @@
-"""The trainer's side of the control plane: what waits for an engine ends when the engine, or the job, does."""
+"""The pool and its client: requests end when the engine, or the job, does."""
 
 import asyncio
 import contextlib
@@ -14,18 +14,21 @@ import numpy as np
 import pytest
 from torch import distributed as dist
 
+from rollcast.comm import Deadline
 from rollcast.rollout import EngineError, Sampling
+from rollcast.rollout.errors import Failure
+from rollcast.rollout.pool.client import collect
 from rollcast.rollout.pool.pool import Pool
 from rollcast.rollout.protocol.connection import ID_BYTES
 from rollcast.rollout.protocol.messages import Abort, Describe, Failed, Generate, Generated, Reply, Request
-from rollcast.rollout.protocol.registry import Roster
+from rollcast.rollout.protocol.registry import EngineRegistry
 from rollcast.rollout.protocol.sampling import Completion, Piece
 
 SOON_S = 5.0
 
 
 class Peer:
-    """The other end of a pool's socket: answers prompts that start with 1 with their length, and is silent else."""
+    """The other end of a pool's socket: answers prompts that start with 1 with their length, and no others."""
 
     def __init__(self) -> None:
         self.server = socket.create_server(("127.0.0.1", 0))
@@ -58,7 +61,7 @@ class Peer:
 def answer(request: Generate) -> Reply | None:
     first, length = request.prompt[0], len(request.prompt)
     if first == 0:
-        return Failed("no zeros please")
+        return Failed([Failure(text="no zeros please", engine=0, worker=1, phase="generate")])
     return Generated([Completion([length], [0.0], "stop", ((0, 0),))]) if first == 1 else None
 
 
@@ -73,13 +76,13 @@ def peers() -> list[Peer]:
 
 
 @pytest.fixture
-def roster() -> Roster:
-    return Roster(dist.HashStore(), engines=2)
+def registry() -> EngineRegistry:
+    return EngineRegistry(dist.HashStore(), engines=2)
 
 
 @pytest.fixture
-def pool(roster: Roster, peers: list[Peer]) -> Iterator[Pool]:
-    made = Pool(roster, [peer.address for peer in peers], max_model_len=64)
+def pool(registry: EngineRegistry, peers: list[Peer]) -> Iterator[Pool]:
+    made = Pool(registry, [peer.address for peer in peers], max_model_len=64)
     yield made
     made.close()
 
@@ -140,9 +143,9 @@ def test_a_cancelled_request_is_aborted_and_its_load_is_gone(pool: Pool, peers: 
     assert waiting.cancel()
     assert pool.generate([[1, 1], [1]], Sampling())[0][0].token_ids == [2]
     assert any(
-        isinstance(request, Abort) and [its.rpartition("/")[2] for its in request.request_ids] == ["it"]
-        for its in peers
-        for request in its.seen
+        isinstance(request, Abort) and [each.rpartition("/")[2] for each in request.request_ids] == ["it"]
+        for peer in peers
+        for request in peer.seen
     )
 
 
@@ -157,38 +160,52 @@ def test_no_prompts_are_no_work(pool: Pool) -> None:
     assert pool.generate([], Sampling()) == []
 
 
-def test_an_engines_words_reach_the_caller(pool: Pool) -> None:
-    with pytest.raises(EngineError, match="engine 0: no zeros please"):
+def test_an_engines_failure_reaches_the_caller_as_a_record(pool: Pool) -> None:
+    with pytest.raises(EngineError, match="engine 0, worker 1: no zeros please") as caught:
         pool.generate([[0]], Sampling())
+    assert (caught.value.engine, caught.value.worker, caught.value.phase) == (0, 1, "generate")
 
 
-def test_requests_of_a_lost_engine_fail_and_those_of_others_go_on(pool: Pool, roster: Roster) -> None:
-    silent = [pool.request(engine, waiting()) for engine in (0, 1)]
-    roster.report_lost(1, "it stumbled")
-    assert failure(silent[1]) == "engine 1 is lost: it stumbled"
+def test_failures_of_several_engines_are_collected(pool: Pool, registry: EngineRegistry) -> None:
+    registry.report_lost(1, "it stumbled")
+    pending = {engine: pool.client.request(engine, waiting()) for engine in (0, 1)}
+    assert failure(pending[1])
+    with pytest.raises(EngineError) as caught:
+        collect(pending, deadline=Deadline(0.1))
+    assert caught.value.failures == (
+        Failure(text="no answer within 0.1 s", engine=0),
+        Failure(text="lost: it stumbled", engine=1),
+    )
+    assert str(caught.value) == "engine 0: no answer within 0.1 s\nengine 1: lost: it stumbled"
+
+
+def test_requests_of_a_lost_engine_fail_and_those_of_others_go_on(pool: Pool, registry: EngineRegistry) -> None:
+    silent = [pool.client.request(engine, waiting()) for engine in (0, 1)]
+    registry.report_lost(1, "it stumbled")
+    assert failure(silent[1]) == "engine 1: lost: it stumbled"
     assert not silent[0].done()
-    assert failure(pool.request(1, Describe())) == "engine 1 is lost: it stumbled"
+    assert failure(pool.client.request(1, Describe())) == "engine 1: lost: it stumbled"
     assert pool.generate([[1, 1]], Sampling())[0][0].token_ids == [2]
 
 
-def test_when_the_job_is_over_nothing_waits(pool: Pool, roster: Roster) -> None:
-    silent = pool.request(0, waiting())
-    roster.finish()
+def test_when_the_job_is_over_nothing_waits(pool: Pool, registry: EngineRegistry) -> None:
+    silent = pool.client.request(0, waiting())
+    registry.finish()
     assert "the job is over" in failure(silent)
 
 
 def test_when_the_store_is_gone_nothing_waits(peers: list[Peer]) -> None:
-    class Gone(Roster):
+    class Gone(EngineRegistry):
         def lost(self) -> dict[int, str]:
             raise dist.DistNetworkError("connection reset")
 
     pool = Pool(Gone(dist.HashStore(), engines=2), [peer.address for peer in peers], max_model_len=64)
-    assert "store is gone: connection reset" in failure(pool.request(0, waiting()))
+    assert "store is gone: connection reset" in failure(pool.client.request(0, waiting()))
     pool.close()
 
 
 def test_a_closed_pool_refuses_and_fails_what_waits(pool: Pool) -> None:
-    silent = pool.request(0, waiting())
+    silent = pool.client.request(0, waiting())
     pool.close()
     assert "the pool was closed" in failure(silent)
     with pytest.raises(EngineError, match="the pool is closed"):
@@ -196,8 +213,8 @@ def test_a_closed_pool_refuses_and_fails_what_waits(pool: Pool) -> None:
     pool.close()
 
 
-def test_a_bad_address_is_an_error(roster: Roster) -> None:
+def test_a_bad_address_is_an_error(registry: EngineRegistry) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(OSError, match=f"127.0.0.1:{port} cannot be reached"):
-        Pool(roster, [f"127.0.0.1:{port}"], max_model_len=64)
+        Pool(registry, [f"127.0.0.1:{port}"], max_model_len=64)

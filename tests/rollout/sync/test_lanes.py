@@ -12,9 +12,13 @@ from engines import Engines, Trainers
 from ranks import Weights
 from sides import check_same_bytes, within
 
-from rollcast.comm import SyncReport
-from rollcast.rollout import SyncError
-from rollcast.rollout.protocol.messages import Abandon, Commit, JoinGroup, Receive, Settle
+from rollcast.comm import Lane, Move, Region, SyncReport
+from rollcast.comm.plan.buckets import fill_buckets
+from rollcast.rollout import RolloutConfig, SyncError
+from rollcast.rollout.errors import Failure
+from rollcast.rollout.protocol.messages import AbortSync, Commit, Finalize, JoinGroup, Receive
+from rollcast.rollout.protocol.registry import RankInfo
+from rollcast.rollout.sync.lanes import MAX_IPC_MESSAGES, choose_transport
 
 pytestmark = pytest.mark.timeout(120)
 # Much less than the deadline. Where the resolver is slow, a connection to a store can take 5 s.
@@ -47,10 +51,17 @@ def check_landed(engines: Engines, weights: Weights) -> None:
             check_same_bytes(worker.memory.tensors, parts)
 
 
-def check_failed(results: list[Any], words: str) -> None:
+def check_failed(results: list[Any], *failures: Failure) -> None:
+    """Every rank must have raised the same `SyncError`, with these failures among others."""
+    assert len({str(error) for error in results}) == 1, results
     for error in results:
         assert isinstance(error, SyncError), error
-        assert words in str(error)
+        assert error.failures == results[0].failures and {*failures} <= {*error.failures}
+        assert all(str(failure) in str(error) for failure in failures), error
+
+
+def failure(engine: int, phase: str) -> Failure:
+    return Failure(text="it was told to fail", engine=engine, phase=phase)
 
 
 def check_ok(results: list[Any]) -> None:
@@ -74,7 +85,8 @@ def test_every_worker_gets_its_part_from_its_sender(start: Start, count: int, si
         check_landed(engines, weights)
         assert engines.versions == {0: version, 1: version}
     assert in_step(trainers) and trainers.sources[0].walks == 3 * (2 if verify == "full" else 1)
-    senders = {its.sender for request in engines.seen if isinstance(request, JoinGroup) for its in request.assignments}
+    joins = [request for request in engines.seen if isinstance(request, JoinGroup)]
+    senders = {assignment.sender for request in joins for assignment in request.assignments}
     assert senders == {lane % count for lane in range(size)}
 
 
@@ -88,9 +100,9 @@ def test_a_worker_that_fails_in_a_sync_fails_all_ranks_at_once(start: Start, bro
         isinstance(request, Receive) and (engine, worker) == (1, broken)
     )
     with within(SOON_S):
-        check_failed(trainers.sync({"version": 2, "verify": verify}), "engine 1: it was told to fail")
+        check_failed(trainers.sync({"version": 2, "verify": verify}), failure(1, "receive"))
     assert in_step(trainers) and engines.versions == {0: 1, 1: 1}
-    assert sum(isinstance(request, Abandon) for request in engines.seen) == 2
+    assert sum(isinstance(request, AbortSync) for request in engines.seen) == 2
     engines.fault = lambda *_: None
     weights["p0"].zero_()
     check_ok(trainers.sync({"version": 3}))
@@ -98,29 +110,29 @@ def test_a_worker_that_fails_in_a_sync_fails_all_ranks_at_once(start: Start, bro
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_an_engine_that_cannot_commit_fails_all_ranks_and_nobody_settles(start: Start, broken: int) -> None:
+def test_an_engine_that_cannot_commit_fails_all_ranks_and_none_is_finalized(start: Start, broken: int) -> None:
     engines = Engines(2, 1)
     trainers = start(engines, weights_of())
     check_ok(trainers.sync({"version": 1}))
     engines.fault = lambda engine, worker, request: fail(isinstance(request, Commit) and engine == broken)
     with within(SOON_S):
-        check_failed(trainers.sync({"version": 2}), f"engine {broken}: it was told to fail")
-    assert sum(isinstance(request, Settle) for request in engines.seen) == 2, "those of version 1"
-    assert sum(isinstance(request, Abandon) for request in engines.seen) == 2
+        check_failed(trainers.sync({"version": 2}), failure(broken, "commit"))
+    assert sum(isinstance(request, Finalize) for request in engines.seen) == 2, "those of version 1"
+    assert sum(isinstance(request, AbortSync) for request in engines.seen) == 2
     engines.fault = lambda *_: None
     check_ok(trainers.sync({"version": 2}))
     assert engines.versions == {0: 2, 1: 2}
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_a_worker_that_cannot_join_is_heard_of_at_once_by_all_ranks(start: Start, broken: int) -> None:
+def test_a_worker_that_cannot_join_fails_all_ranks_at_once(start: Start, broken: int) -> None:
     engines = Engines(2, 2)
     engines.fault = lambda engine, worker, request: fail(
         isinstance(request, JoinGroup) and (engine, worker) == (1, broken)
     )
     trainers = start(engines, weights_of())
     with within(SOON_S):
-        check_failed(trainers.sync({"version": 1}), "engine 1: it was told to fail")
+        check_failed(trainers.sync({"version": 1}), failure(1, "join"))
     engines.fault = lambda *_: None
     check_ok(trainers.sync({"version": 1}))
 
@@ -130,7 +142,10 @@ def test_a_worker_that_never_joins_is_named_on_all_ranks_in_time(start: Start) -
     engines.fault = lambda engine, worker, request: delay(isinstance(request, JoinGroup) and (engine, worker) == (1, 1))
     trainers = start(engines, weights_of(), sync_timeout_s=12.0)
     with within(13.0):
-        check_failed(trainers.sync({"version": 1}), "engine 1 did not")
+        results = trainers.sync({"version": 1})
+    for error in results:
+        assert isinstance(error, SyncError) and error.failures == results[0].failures
+        assert ("join", 1) in [(each.phase, each.engine) for each in error.failures] and "engine 1: " in str(error)
 
 
 def test_plans_may_be_larger_than_the_store_takes_at_once(start: Start) -> None:
@@ -139,7 +154,7 @@ def test_plans_may_be_larger_than_the_store_takes_at_once(start: Start) -> None:
     check_landed(engines, weights)
 
 
-def test_ranks_that_ask_for_different_verification_are_told_so(start: Start) -> None:
+def test_ranks_that_ask_for_different_verification_all_raise(start: Start) -> None:
     engines = Engines(1, 2)
     trainers = start(engines, weights_of())
     for error in trainers.sync({"version": 1, "verify": "full"}, {"version": 1, "verify": "none"}):
@@ -154,7 +169,7 @@ def test_a_refused_call_on_one_rank_leaves_the_ranks_in_step(start: Start) -> No
     check_ok(trainers.sync({"version": 1}))
 
 
-def test_failed_and_mended_syncs_leave_nothing_behind(start: Start) -> None:
+def test_failed_and_repeated_syncs_leave_nothing_behind(start: Start) -> None:
     engines = Engines(2, 2)
     trainers = start(engines, weights_of())
     used: dict[int, int] = {}
@@ -183,3 +198,53 @@ def fail(now: bool) -> None:
 def delay(now: bool) -> None:
     if now:
         time.sleep(14.0)
+
+
+def rank_info(gpu: str, *, host: str = "a", **facts: Any) -> RankInfo:
+    return RankInfo(host, gpu, 2, "10.0.0.1", **facts)
+
+
+SENDER = rank_info("GPU-0", links={"GPU-1": "NVLink", "GPU-2": "NVLink", "GPU-3": "one PCIe switch"})
+ROW = Region((4,), (1,), 0, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("receivers", "settings", "expected"),
+    [
+        ([rank_info("GPU-1")], {}, "ipc"),
+        ([rank_info("GPU-3")], {}, "nccl"),
+        ([rank_info("GPU-0")], {}, "ipc"),
+        ([rank_info("GPU-1", host="b")], {}, "nccl"),
+        ([rank_info("GPU-1"), rank_info("GPU-2")], {}, "nccl"),
+        ([rank_info("GPU-1")], {"transport": "ipc"}, "ipc"),
+        ([rank_info("GPU-0")], {"transport": "nccl"}, "nccl"),
+        ([rank_info("GPU-1")], {"device": "cpu"}, "gloo"),
+    ],
+    ids=["NVLink", "PCIe", "one GPU", "two machines", "two workers", "set to ipc", "set to nccl", "CPU"],
+)
+def test_auto_transport_follows_the_gpus(receivers: list[RankInfo], settings: dict[str, Any], expected: str) -> None:
+    chosen: dict[str, Any] = {"device": "cuda"} | settings
+    config = RolloutConfig(model="", dtype="float32", **chosen)
+    lane = Lane(0, 0, tuple(range(len(receivers))), ())
+    assert choose_transport(lane, config=config, ranks=[SENDER, *receivers]) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpu", "messages", "expected"),
+    [
+        ("GPU-1", 399, "ipc"),
+        ("GPU-1", MAX_IPC_MESSAGES, "ipc"),
+        ("GPU-1", MAX_IPC_MESSAGES + 1, "nccl"),
+        ("GPU-1", 18_867, "nccl"),
+        ("GPU-0", 18_867, "ipc"),
+    ],
+    ids=["8B", "at the limit", "above the limit", "30B-A3B", "one GPU"],
+)
+def test_auto_transport_sends_many_messages_by_nccl_unless_a_gpu_is_shared(
+    gpu: str, messages: int, expected: str
+) -> None:
+    moves = [Move(param, ROW, f"t{param}", ROW) for param in range(messages)]
+    lane = Lane(0, 0, (0,), fill_buckets(moves, range(messages), bucket_bytes=1 << 20))
+    assert sum(len(bucket.messages) for bucket in lane.buckets) == messages
+    config = RolloutConfig(model="", dtype="float32", device="cuda")
+    assert choose_transport(lane, config=config, ranks=[SENDER, rank_info(gpu)]) == expected

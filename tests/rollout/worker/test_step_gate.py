@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rollcast.comm import Deadline
-from rollcast.rollout.protocol.worker_channel import Bell, Bells
-from rollcast.rollout.worker.step_gate import Gate
+from rollcast.rollout.protocol.worker_channel import WorkerChannel, WorkerEndpoint, WorkerError
+from rollcast.rollout.worker.step_gate import StepGate
 
 STEP_S = 0.002
 
@@ -57,17 +57,17 @@ class Worker:
 
 
 class Engine:
-    """Workers that make the same steps, of which each waits for the others half way, as tensor parallel ones do."""
+    """Workers that run the same steps, in each of which they wait for each other, as tensor parallel ones do."""
 
     def __init__(self, count: int) -> None:
         self.workers = [Worker() for _ in range(count)]
-        self.meeting = threading.Barrier(count)
+        self.all_reduce = threading.Barrier(count)
         for worker in self.workers:
-            worker.sample_tokens = lambda grammar, sample=worker.sample_tokens: (self.meeting.wait(5.0), sample(None))[
-                1
-            ]
-        self.gates = [Gate(worker) for worker in self.workers]
-        self.going = True
+            worker.sample_tokens = lambda grammar, sample=worker.sample_tokens: (
+                self.all_reduce.wait(5.0),
+                sample(None),
+            )[1]
+        self.gates = [StepGate(worker) for worker in self.workers]
         self.threads = ThreadPoolExecutor(3 * count)
 
     def run(self) -> "list[Future[None]]":
@@ -79,10 +79,9 @@ class Engine:
             time.sleep(STEP_S * index)
 
 
-def changed(gate: Gate, worker: Worker, bell: Bell) -> int:
-    """Watch the gate while it is closed; the number of steps before."""
-    deadline = Deadline(5.0)
-    with gate.closed(lambda passed: bell.agree(passed, deadline=deadline), deadline=deadline):
+def steps_before_change(gate: StepGate, worker: Worker, endpoint: WorkerEndpoint, deadline: Deadline) -> int:
+    """Close the gate for some steps' time, in which there must be none; return the number of steps before."""
+    with gate.closed(lambda calls: endpoint.agree(calls, deadline=deadline), deadline=deadline):
         before = worker.steps
         for _ in range(5):
             assert not worker.inside and worker.steps == before
@@ -95,37 +94,46 @@ def test_all_workers_stop_at_the_same_step_and_go_on(count: int) -> None:
     engine = Engine(count)
 
     async def main() -> list[list[int]]:
-        bells = Bells(count)
-        address = await bells.open()
-        made: list[Bell] = []
+        channel = WorkerChannel(count)
+        address = await channel.open()
+        endpoints: list[WorkerEndpoint] = []
 
-        def answer(rank: int) -> Any:
-            return lambda method, args: [None, changed(engine.gates[rank], engine.workers[rank], made[rank])]
+        def change(rank: int, deadline: Deadline) -> int:
+            return steps_before_change(engine.gates[rank], engine.workers[rank], endpoints[rank], deadline)
 
-        made += [Bell(address, rank=rank, workers=count, run=answer(rank)) for rank in range(count)]
+        endpoints += [
+            WorkerEndpoint(
+                address,
+                rank=rank,
+                workers=count,
+                run=lambda method, arguments, deadline, rank=rank: change(rank, deadline),
+            )
+            for rank in range(count)
+        ]
         await asyncio.sleep(0.1)
         running = engine.run()
-        found = []
+        changes = []
         while not all(future.done() for future in running):
-            found.append(await asyncio.wait_for(bells.ring("change"), 10.0))
+            changes.append(await channel.call("change", timeout_s=10.0))
         for future in running:
             future.result()
-        return found
+        return changes
 
-    found = asyncio.run(main())
-    assert len(found) > 3 and all(len(set(places)) == 1 for places in found), found
+    changes = asyncio.run(main())
+    assert len(changes) > 3 and all(len(set(steps)) == 1 for steps in changes), changes
     assert [worker.steps for worker in engine.workers] == [100] * count
 
 
 def test_other_calls_wait_at_the_gate_too() -> None:
     worker = Worker()
-    gate = Gate(worker)
+    gate = StepGate(worker)
     with ThreadPoolExecutor(1) as thread:
-        with gate.closed(lambda passed: passed, deadline=Deadline(5.0)):
+        with gate.closed(lambda calls: calls, deadline=Deadline(5.0)):
             sleeping = thread.submit(worker.sleep)
             time.sleep(0.05)
             assert not worker.inside and not sleeping.done()
         sleeping.result(5.0)
+    assert gate.other_calls == 1
 
 
 def test_a_step_that_fails_is_over() -> None:
@@ -135,87 +143,47 @@ def test_a_step_that_fails_is_over() -> None:
         raise ValueError("it fails")
 
     worker.execute_model = fail  # type: ignore[method-assign]
-    gate = Gate(worker)
+    gate = StepGate(worker)
     with pytest.raises(ValueError, match="it fails"):
         worker.execute_model(schedule())
-    with gate.closed(lambda passed: passed, deadline=Deadline(1.0)):
+    with gate.closed(lambda calls: calls, deadline=Deadline(1.0)):
         pass
 
 
 def test_a_step_without_end_fails_the_change_and_opens_the_gate() -> None:
     worker = Worker()
-    gate = Gate(worker)
+    gate = StepGate(worker)
     worker.execute_model(schedule())
-    closed = gate.closed(lambda passed: passed, deadline=Deadline(0.1))
+    closed = gate.closed(lambda calls: calls, deadline=Deadline(0.1))
     with pytest.raises(TimeoutError, match="step under way"), closed:
         pass
     worker.sample_tokens(None)
     worker.step()
 
 
-def test_the_first_workers_words_are_heard_and_the_next_ring_is_answered() -> None:
-    async def main() -> list[Any]:
-        bells = Bells(2)
-        address = await bells.open()
-        slow = threading.Event()
-
-        def run(rank: int, method: str, args: list[Any]) -> list[Any]:
-            if method == "fail" and rank == 1:
-                return ["worker 1 did not want to", None]
-            if method == "fail":
-                slow.wait(5.0)
-            return [None, [rank, *args]]
-
-        for rank in range(2):
-            Bell(address, rank=rank, workers=2, run=lambda method, args, rank=rank: run(rank, method, args))
-        await asyncio.sleep(0.1)
-        with pytest.raises(RuntimeError, match="worker 1 did not want to"):
-            await asyncio.wait_for(bells.ring("fail"), 2.0)
-        asyncio.get_running_loop().call_later(0.2, slow.set)
-        return await asyncio.wait_for(bells.ring("echo", "a", 3), 5.0)
-
-    assert asyncio.run(main()) == [[0, "a", 3], [1, "a", 3]]
-
-
 def test_a_worker_that_fails_early_opens_the_gates_of_the_others() -> None:
     worker = Worker()
-    gate = Gate(worker)
+    gate = StepGate(worker)
 
     async def main() -> float:
-        bells = Bells(2)
-        address = await bells.open()
-        made: list[Bell] = []
+        channel = WorkerChannel(2)
+        address = await channel.open()
+        endpoints: list[WorkerEndpoint] = []
 
-        def wait(method: str, args: list[Any]) -> list[Any]:
-            try:
-                return [None, changed(gate, worker, made[0])]
-            except RuntimeError as error:
-                return [str(error), None]
+        def change(method: str, arguments: dict[str, Any], deadline: Deadline) -> int:
+            return steps_before_change(gate, worker, endpoints[0], deadline)
 
-        made += [Bell(address, rank=0, workers=2, run=wait)]
-        made += [Bell(address, rank=1, workers=2, run=lambda method, args: time.sleep(0.3) or ["it cannot", None])]
+        def fail(method: str, arguments: dict[str, Any], deadline: Deadline) -> None:
+            time.sleep(0.3)
+            raise RuntimeError("it cannot")
+
+        endpoints += [WorkerEndpoint(address, rank=0, workers=2, run=change)]
+        endpoints += [WorkerEndpoint(address, rank=1, workers=2, run=fail)]
         await asyncio.sleep(0.1)
-        with pytest.raises(RuntimeError, match="it cannot"):
-            await bells.ring("change")
+        with pytest.raises(WorkerError, match="worker 1: it cannot"):
+            await channel.call("change", timeout_s=5.0)
         start = time.perf_counter()
         await asyncio.to_thread(worker.sleep)
         return time.perf_counter() - start
 
     assert asyncio.run(main()) < 1.0
-
-
-def test_a_worker_that_ends_is_named() -> None:
-    async def main() -> None:
-        bells = Bells(1)
-        address = await bells.open()
-        bell = Bell(address, rank=0, workers=1, run=lambda method, args: [None, time.sleep(5.0)])
-        await asyncio.sleep(0.1)
-        ringing = asyncio.create_task(bells.ring("wait"))
-        await asyncio.sleep(0.1)
-        bell._line.close()
-        with pytest.raises(RuntimeError, match="worker 0 has ended"):
-            await asyncio.wait_for(ringing, 2.0)
-        with pytest.raises(RuntimeError, match="worker 0 cannot be reached"):
-            await bells.ring("wait")
-
-    asyncio.run(main())

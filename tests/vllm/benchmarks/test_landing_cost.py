@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[3] / "benchmarks" / "landing_cost.py"
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    done = subprocess.run([sys.executable, SCRIPT, "--repeats", "25"], capture_output=True, text=True, timeout=380)
+    done = subprocess.run([sys.executable, SCRIPT, "--repeats", "11"], capture_output=True, text=True, timeout=380)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])["results"]
 

@@ -1,32 +1,30 @@
 """Gives parameters of a small model odd loaders, lands weights, and compares with what vLLM loads by itself.
 
-odd_loaders.py FOLDER      (a plain process; prints one JSON object a line)
-
-No engine: vLLM's model, built and loaded by vLLM, is what an engine's worker has.
+Runs in landing_server.py.
 """
 
-import json
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-
 import torch
-from architecture_matrix import different, prepare, save, snapshot
+from architecture_matrix import different, save, snapshot
 from architectures import build, perturb
+from local_transfer import LocalTransfer
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollcast.comm import Manifest, ParamSpec, WeightSource
+from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
 from rollcast.rollout.landing.offline import OfflineModels
 from rollcast.rollout.landing.vllm_reload import live_tensors
 
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
-# One that is copied into its place, and one that vLLM packs on the CPU.
+Change = Callable[[ParamSpec], Sequence[ParamSpec]]
+# A parameter that is copied into its place, and one that vLLM packs on CPU.
 PLAIN = "model.layers.0.input_layernorm.weight"
 STAGED = "model.layers.1.self_attn.o_proj.weight"
 DTYPE = torch.float32
@@ -72,7 +70,7 @@ REFUSED: dict[str, Step] = {
     "written twice": lambda p, w: (p.data.copy_(w), p.data.copy_(w)),
     "average": lambda p, w: p.data.mul_(0.5).add_(w),
 }
-MISTAKES: dict[str, Callable[[ParamSpec], Sequence[ParamSpec]]] = {
+MISTAKES: dict[str, Change] = {
     "missing": lambda spec: [],
     "extra": lambda spec: [spec, ParamSpec("model.odd.weight", spec.shape, spec.dtype)],
     "duplicated": lambda spec: [spec, spec],
@@ -81,102 +79,103 @@ MISTAKES: dict[str, Callable[[ParamSpec], Sequence[ParamSpec]]] = {
 }
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    models = prepare(folder / "first")
-    model = build("qwen3", seed=0)
-    base = save(model, folder / "base", False)
-    perturb(model)
-    weights = save(model, folder / "perturbed", False)
-    live, manifest = models.load(folder / "base"), WeightSource(weights).manifest
-    with models.as_rank(folder / "base", rank=0, size=1), torch.no_grad():
-        for name in (PLAIN, STAGED):
-            for case, step in REFUSED.items():
-                with odd(live, name, step):
-                    report(case, name, refused(live, manifest, name))
-            for case, change in MISTAKES.items():
-                report(case, name, refused(live, manifest, name, change))
-        report("reload", "", after_reload(models, live, manifest, folder / "base"))
-    for case, step in LANDS.items():
-        with odd(live, PLAIN, step), odd(live, STAGED, step):
-            expected = snapshot(models.load(folder / "perturbed"))
-            with models.as_rank(folder / "base", rank=0, size=1), torch.no_grad():
-                report(case, "", lands(live, manifest, [base, weights], expected))
+class OddLoaders:
+    """One live model, whose parameters get odd loaders case by case."""
 
+    def __init__(self, models: OfflineModels, folder: Path) -> None:
+        self._models = models
+        self._folder = folder
+        model = build("qwen3", seed=0)
+        base = save(model, folder / "base", False)
+        perturb(model)
+        weights = save(model, folder / "perturbed", False)
+        self._rounds = [base, weights]
+        self._manifest = WeightSource(weights).manifest
+        self._live = models.load(folder / "base")
 
-def report(case: str, name: str, row: dict[str, Any]) -> None:
-    print(json.dumps({"case": case, "parameter": name} | row), flush=True)
+    def lands(self, case: str) -> dict[str, Any]:
+        """Land weights by a loader of `LANDS`, and compare with vLLM's own load by it."""
+        step = LANDS[case]
+        with self._odd(PLAIN, step), self._odd(STAGED, step):
+            expected = snapshot(self._models.load(self._folder / "perturbed"))
+            with self._as_rank():
+                return self._land(expected)
 
+    def refused(self, case: str, parameter: str) -> dict[str, Any]:
+        """Compile with a loader of `REFUSED` or a manifest of `MISTAKES`, and return the problems."""
+        with self._as_rank():
+            if case in MISTAKES:
+                return self._problems(parameter, MISTAKES[case])
+            with self._odd(parameter, REFUSED[case]):
+                return self._problems(parameter, lambda spec: [spec])
 
-@contextmanager
-def odd(live: Any, name: str, step: Step) -> Iterator[None]:
-    """Inside, the parameter of every model of the class has this loader."""
-    inner = type(live).load_weights
+    def reloaded(self) -> dict[str, Any]:
+        """Return how many different plans there are before and after vLLM has reloaded the model."""
+        with self._as_rank():
+            before = self._compile().digest
+            initialize_layerwise_reload(self._live)
+            self._live.load_weights(iter([(spec.name, torch.ones(spec.shape)) for spec in self._manifest.specs]))
+            config = self._models.config(self._folder / "base", size=1).model_config
+            finalize_layerwise_reload(self._live, config)
+            return {"digests": len({before, self._compile().digest})}
 
-    def load_weights(self: Any, weights: Any) -> Any:
-        parameter = self.get_parameter(name)
-        parameter.weight_loader = step
-        if self is live:
-            # A view that loading leaves behind: compiling must not leave one without data.
-            self.odd_view = parameter.data
-        return inner(self, weights)
+    @contextmanager
+    def _as_rank(self) -> Iterator[None]:
+        with self._models.as_rank(self._folder / "base", rank=0, size=1), torch.no_grad():
+            yield
 
-    type(live).load_weights = load_weights
-    try:
-        yield
-    finally:
-        type(live).load_weights = inner
-        stash.clear()
+    @contextmanager
+    def _odd(self, name: str, step: Step) -> Iterator[None]:
+        """Give the parameter this loader, in every model of the class."""
+        live, model_class = self._live, type(self._live)
+        inner = model_class.load_weights
 
+        def load_weights(model: Any, weights: Any) -> Any:
+            parameter = model.get_parameter(name)
+            parameter.weight_loader = step
+            if model is live:
+                # A view that loading leaves behind: compiling must not leave one without data.
+                model.odd_view = parameter.data
+            return inner(model, weights)
 
-def lands(live: Any, manifest: Manifest, rounds: Sequence[Any], expected: Any) -> dict[str, Any]:
-    with watched(live) as row:
-        plan = compile_landing(live, manifest, dtype=DTYPE)
-        again = compile_landing(live, manifest, dtype=DTYPE)
-    landing = LiveLanding(plan, live, dtype=DTYPE)
-    for weights in rounds:
-        sent = {name: tensor.clone() for name, tensor in weights.items()}
-        landing.bind(list(weights.values())).apply()
-        assert not different(sent, weights), "the trainer's weights are changed"
-    facts = {"problems": plan.check(), "different": different(expected, snapshot(live)), "moved": landing.moved(live)}
-    return row | facts | {"digests": len({plan.digest, again.digest})}
-
-
-def refused(live: Any, manifest: Manifest, name: str, change: Any = lambda spec: [spec]) -> dict[str, Any]:
-    with watched(live) as row:
+        model_class.load_weights = load_weights
         try:
-            specs = (changed for spec in manifest.specs for changed in (change(spec) if spec.name == name else [spec]))
-            problems = compile_landing(live, Manifest(tuple(specs)), dtype=DTYPE).check()
-        except (ValueError, RuntimeError) as error:
-            problems = [str(error)]
-        except Exception as error:
-            problems = [str(error)] if type(error).__name__ == "LandingError" else [repr(error)]
-    return row | {"problems": problems}
+            yield
+        finally:
+            model_class.load_weights = inner
+            stash.clear()
 
+    def _compile(self, manifest: Manifest | None = None) -> Any:
+        return compile_landing(self._live, manifest or self._manifest, dtype=DTYPE)
 
-@contextmanager
-def watched(live: Any) -> Iterator[dict[str, Any]]:
-    """Notes what is no longer as it was: values, objects, addresses."""
-    row: dict[str, Any] = {}
-    values, places = snapshot(live), addresses(live)
-    yield row
-    row["disturbed"] = different(values, snapshot(live))
-    row["replaced"] = [name for name, place in addresses(live).items() if places.get(name) != place]
+    def _land(self, expected: dict[str, torch.Tensor]) -> dict[str, Any]:
+        with self._watched() as row:
+            plan, again = self._compile(), self._compile()
+        landing = LiveLanding(plan, self._live, dtype=DTYPE)
+        for weights in self._rounds:
+            sent = {name: tensor.clone() for name, tensor in weights.items()}
+            LocalTransfer(landing, list(weights.values())).apply()
+            assert not different(sent, weights), "the trainer's weights are changed"
+        facts = {"problems": plan.check(), "different": different(expected, snapshot(self._live))}
+        return row | facts | {"moved": landing.moved(self._live), "digests": len({plan.digest, again.digest})}
 
+    def _problems(self, name: str, change: Change) -> dict[str, Any]:
+        with self._watched() as row:
+            try:
+                changed = [change(spec) if spec.name == name else [spec] for spec in self._manifest.specs]
+                problems = self._compile(Manifest(tuple(chain.from_iterable(changed)))).check()
+            except (LandingError, ValueError) as error:
+                problems = [str(error)]
+        return row | {"problems": problems}
 
-def addresses(live: Any) -> dict[str, tuple[int, int]]:
-    return {name: (id(tensor), tensor.data_ptr()) for name, tensor in live_tensors(live).items()}
+    @contextmanager
+    def _watched(self) -> Iterator[dict[str, Any]]:
+        """Fill the row on exit with what is no longer as it was: values; objects and addresses."""
+        row: dict[str, Any] = {}
+        values, addresses = snapshot(self._live), self._addresses()
+        yield row
+        row["disturbed"] = different(values, snapshot(self._live))
+        row["replaced"] = [name for name, place in self._addresses().items() if addresses.get(name) != place]
 
-
-def after_reload(models: OfflineModels, live: Any, manifest: Manifest, folder: Path) -> dict[str, Any]:
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    before = compile_landing(live, manifest, dtype=DTYPE).digest
-    initialize_layerwise_reload(live)
-    live.load_weights(iter([(spec.name, torch.ones(spec.shape)) for spec in manifest.specs]))
-    finalize_layerwise_reload(live, models.config(folder, size=1).model_config)
-    return {"digests": len({before, compile_landing(live, manifest, dtype=DTYPE).digest})}
-
-
-if __name__ == "__main__":
-    main()
+    def _addresses(self) -> dict[str, tuple[int, int]]:
+        return {name: (id(tensor), tensor.data_ptr()) for name, tensor in live_tensors(self._live).items()}

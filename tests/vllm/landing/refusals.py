@@ -1,4 +1,4 @@
-"""What an engine says that cannot take weights as it is (a plain process).
+"""Errors of an engine that cannot take weights as it is (a plain process).
 
 refusals.py MODEL_FOLDER REPORT.json
 """
@@ -14,12 +14,13 @@ from rollcast.comm import WeightSource
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.engine.engine import Engine
 from rollcast.rollout.errors import EngineError
-from rollcast.rollout.protocol.messages import Launch
+from rollcast.rollout.protocol.messages import EngineSpec
 
 
 async def main() -> None:
     folder, report = sys.argv[1], Path(sys.argv[2])
-    engine = Engine.start(launch(folder))
+    config = RolloutConfig(model=folder, max_model_len=64, enforce_eager=True, lora_rank=8)
+    engine = Engine.start(EngineSpec(config=config, engine=0, host="127.0.0.1"))
     manifest = WeightSource(build("untied")).manifest.to_bytes()
     found = {"lora": await refusal(engine, manifest)}
     await engine.sleep(1)
@@ -32,37 +33,10 @@ async def main() -> None:
 
 async def refusal(engine: Engine, manifest: bytes) -> str:
     try:
-        await engine.updates.prepare(manifest)
+        await engine.sync.prepare(manifest)
     except EngineError as error:
         return str(error)
     return "none"
-
-
-def launch(folder: str) -> Launch:
-    config = RolloutConfig(model=folder)
-    return Launch(
-        engine=0,
-        host="127.0.0.1",
-        device="cpu",
-        dtype=config.resolved_dtype(),
-        model=folder,
-        max_model_len=64,
-        tensor_parallel_size=1,
-        worker_extension_cls=config.worker_extension_cls,
-        load_format="auto",
-        seed=0,
-        eos_token_ids=(),
-        enforce_eager=True,
-        gpu_memory_utilization=0.9,
-        max_num_seqs=None,
-        sync_asleep=config.sync_asleep,
-        deterministic=False,
-        openai_port=None,
-        openai_flags=(),
-        lora_rank=8,
-        lora_versions=1,
-        engine_args={},
-    )
 
 
 if __name__ == "__main__":

@@ -6,18 +6,15 @@ A run of all cases (`make test-all`) writes benchmarks/results/landing_matrix_cp
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from architectures import CASES, REFUSED
-from torchrun import SEARCH_PATH, job_script
+from landing_process import LandingProcess
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
@@ -41,35 +38,16 @@ Rows = dict[tuple[str, str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """One process a layout for all that this run selected: importing vLLM takes longer than an architecture."""
+def rows(request: pytest.FixtureRequest, landing_processes: dict[str, LandingProcess]) -> Rows:
+    """The rows of all cases that this run selected; both layouts at the same time."""
     calls = [getattr(item, "callspec", None) for item in request.session.items]
-    wanted = {(call.params.get("case"), call.params.get("layout")) for call in calls if call}
-    names = {layout: [case for case in CASES if (case, layout) in wanted] for layout in LAYOUTS}
-    folders = {layout: tmp_path_factory.mktemp(layout) for layout in LAYOUTS if names[layout]}
-    started = {layout: start(layout, names[layout], folder) for layout, folder in folders.items()}
-    try:
-        for process in started.values():
-            process.wait()
-    finally:
-        for process in started.values():
-            process.kill()
-    found: Rows = {}
-    for layout in started:
-        lines = (folders[layout] / "out.txt").read_text().splitlines()
-        made = [json.loads(line) for line in lines if line.startswith('{"case"')]
-        assert len(made) == len(names[layout]), (folders[layout] / "err.txt").read_text()[-4000:]
-        found |= {(row["case"], layout): row for row in made}
-    if len(found) == len(CASES) * len(LAYOUTS):
-        write_table(found)
-    return found
-
-
-def start(layout: str, cases: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    settings = {"PYTHONPATH": SEARCH_PATH, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "ROLLCAST_CPU_WEIGHTS": layout}
-    command = [sys.executable, job_script("architecture_matrix.py"), folder / "models", *cases]
-    with (folder / "out.txt").open("wb") as out, (folder / "err.txt").open("wb") as err:
-        return subprocess.Popen(command, env=os.environ | settings, stdout=out, stderr=err)
+    selected = {(call.params.get("case"), call.params.get("layout")) for call in calls if call}
+    pairs = [(case, layout) for layout in LAYOUTS for case in CASES if (case, layout) in selected]
+    futures = {(case, layout): landing_processes[layout].submit("architecture", case=case) for case, layout in pairs}
+    rows = {pair: future.result() for pair, future in futures.items()}
+    if len(rows) == len(CASES) * len(LAYOUTS):
+        write_table(rows)
+    return rows
 
 
 def all_cases() -> list[Any]:

@@ -1,4 +1,7 @@
-"""`python -m rollcast.rollout.landing` tells where a model's weights land, in tables and in JSON."""
+"""`python -m rollcast.rollout.landing` prints where a model's weights land, as tables or as JSON.
+
+One test runs the command as a user does; the others call it in a process that has imported vLLM.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 from architectures import build
+from landing_process import LandingProcess
 
 from rollcast.rollout.landing.__main__ import main, size_text
 from rollcast.rollout.landing.offline import checkpoint_manifest
@@ -16,16 +20,9 @@ from rollcast.rollout.landing.offline import checkpoint_manifest
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("ROLLCAST")}
-    command = [sys.executable, "-m", "rollcast.rollout.landing", *map(str, arguments)]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200)
-
-
-def plan_of(*arguments: object) -> dict[str, Any]:
-    done = run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def run(process: LandingProcess, *arguments: object) -> dict[str, Any]:
+    """Exit code, "out" and "err" of the command."""
+    return process.run("command", arguments=[str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_workers_get_their_experts(folder: Path) -> None:
+def test_two_workers_get_their_experts(folder: Path, plain: LandingProcess) -> None:
     flags = ("--tensor-parallel-size", 2, "--enable-expert-parallel", "--cpu-weights", "plain")
-    plan = plan_of("--model", folder, *flags)
+    done = run(plain, "--model", folder, *flags, "--json")
+    assert done["code"] == 0, done["err"]
+    plan = json.loads(done["out"].splitlines()[-1])
     assert plan["problems"] == []
     assert plan["workers"] == len(plan["lanes"]) == 2
     assert all(unused > 0 for unused in plan["unused"])
@@ -53,36 +52,38 @@ def test_a_configuration_is_enough_and_tables_are_for_people(folder: Path, tmp_p
     # As a configuration saves itself: only models know their architecture.
     del config["architectures"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    done = run("--model", tmp_path)
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("ROLLCAST")}
+    command = [sys.executable, "-m", "rollcast.rollout.landing", "--model", tmp_path]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     for text in ("Landing plan", "zero-copy", "Not received in place", "Lanes", "no problems"):
         assert text in done.stdout
     assert "Warning" not in done.stderr
 
 
-def test_problems_are_listed_by_name(folder: Path, tmp_path: Path) -> None:
+def test_problems_are_listed_by_name(folder: Path, tmp_path: Path, packed: LandingProcess) -> None:
     config = json.loads((folder / "config.json").read_text())
     for file in folder.glob("*.safetensors"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    done = run("--model", tmp_path, "--json")
-    plan = json.loads(done.stdout.splitlines()[-1])
-    assert done.returncode == 1
+    done = run(packed, "--model", tmp_path, "--json")
+    plan = json.loads(done["out"].splitlines()[-1])
+    assert done["code"] == 1
     assert any(problem.startswith("model.layers.2.") for problem in plan["problems"])
 
 
 @pytest.mark.parametrize(
-    ("workers", "most_bytes", "words"),
+    ("workers", "max_bytes", "message"),
     [(3, None, "must be divisible by tensor parallel size (3)"), (2, 5000, "model.safetensors cannot be read")],
 )
-def test_what_cannot_be_planned_is_told(
-    folder: Path, tmp_path: Path, workers: int, most_bytes: int | None, words: str
+def test_what_cannot_be_planned_is_an_error_without_traceback(
+    folder: Path, tmp_path: Path, packed: LandingProcess, workers: int, max_bytes: int | None, message: str
 ) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:most_bytes])
-    done = run("--model", tmp_path, "--tensor-parallel-size", workers)
-    assert done.returncode == 2
-    assert words in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:max_bytes])
+    done = run(packed, "--model", tmp_path, "--tensor-parallel-size", workers)
+    assert done["code"] == 2
+    assert message in done["err"] and "Traceback" not in done["err"]
 
 
 def test_only_the_files_of_the_index_count(tmp_path: Path) -> None:
@@ -97,20 +98,20 @@ def test_only_the_files_of_the_index_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (("--model", "/nowhere"), "config.json"),
         (("--model", "/nowhere", "--tensor-parallel-size", "0"), "must be positive"),
         ((), "--model"),
     ],
 )
-def test_bad_flags_are_told(flags: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_flags_are_named(flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code: Any = main(list(flags))
     except SystemExit as ended:
         code = ended.code
     assert code == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The main job with old weights in its third sync, on purpose (run by torchrun, flags as the main job's)."""
+"""The main job, sending old weights in its third sync (run by torchrun, flags of the main job)."""
 
 import copy
 import sys
@@ -8,8 +8,8 @@ from rollcast.launch.grpo import __main__ as grpo
 from rollcast.launch.grpo.trainer import Grpo
 
 
-class Forgetful(Grpo):
-    """Pushes version 2 as version 3."""
+class StaleSync(Grpo):
+    """Sends the weights of version 2 as version 3."""
 
     def sync(self, *, version: int) -> SyncReport:
         newest = copy.deepcopy(self.model.state_dict())
@@ -24,5 +24,5 @@ class Forgetful(Grpo):
 if __name__ == "__main__":
     import rollcast.launch.grpo.trainer as trainer
 
-    trainer.Grpo = Forgetful
+    trainer.Grpo = StaleSync
     sys.exit(grpo.main())

@@ -1,4 +1,4 @@
-"""A worker that shows its LoRA slots."""
+"""A worker that returns the contents of its LoRA slots."""
 
 from slow_worker import SlowWorker
 
@@ -7,5 +7,5 @@ from rollcast.rollout.landing.lora import stacks
 
 class LoraWorker(SlowWorker):
     def show_slots(self) -> dict[str, list]:
-        """Every stack, slot by slot, as nested lists."""
-        return {name: stack[:, 0].tolist() for name, stack in stacks(self._rollcast_model()).items()}
+        """Return every stack, slot by slot, as nested lists."""
+        return {name: stack[:, 0].tolist() for name, stack in stacks(self.rollcast_sync.model.module).items()}

@@ -74,7 +74,7 @@ class TestOneVersion:
 
     def test_what_needs_the_base_weights_is_refused(self, one: dict[str, Any]) -> None:
         assert "no adapter in its checkpoint to test: use sync(verify='full')" in one["self test"]
-        assert "gets no base weights back, with lora_rank: use sleep(level=1)" in one["sleep"]
+        assert "cannot restore its base weights with lora_rank: use sleep(level=1)" in one["sleep"]
 
 
 @pytest.mark.vllm

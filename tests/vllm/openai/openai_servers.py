@@ -70,7 +70,7 @@ def facts(job: rollcast.Job, folder: str) -> dict[str, Any]:
     found["long"] = [long(updates, tokenizer, client, way) for way in WAYS]
     found["crossing"] = crossing(updates, tokenizer, client)
     found["guided"] = guided(updates, client)
-    found["torn"] = torn(job, updates, client)
+    found["partial"] = partially_updated(job, updates, client)
     updates.make()
     found["after"] = [whole(client, max_tokens=3)["version"], updates.version]
     return found | {"asleep": asleep(job, client)}
@@ -199,7 +199,7 @@ def guided(updates: Updates, client: openai.OpenAI) -> list[Any]:
     return [answer.choices[0].text, answer.choices[0].policy_spans]
 
 
-def torn(job: rollcast.Job, updates: Updates, client: openai.OpenAI) -> dict[str, Any]:
+def partially_updated(job: rollcast.Job, updates: Updates, client: openai.OpenAI) -> dict[str, Any]:
     """A sync fails while chats are under way: what they, and later ones, hear."""
     job.pool.call_workers("fail_next_sync")
 

@@ -107,14 +107,14 @@ def test_guided_text_keeps_its_form_when_a_sync_comes_between(facts: dict[str, A
     assert len(spans) == 2
 
 
-def test_torn_weights_are_not_served(facts: dict[str, Any]) -> None:
-    torn = facts["torn"]
-    assert torn["sync"].startswith("SyncError") and "the worker stumbled" in torn["sync"]
-    for answer in (torn["whole"], torn["later"], torn["later stream"]):
-        assert answer.startswith("503: ") and "torn weights" in answer and "the worker stumbled" in answer
+def test_partially_updated_weights_are_not_served(facts: dict[str, Any]) -> None:
+    partial = facts["partial"]
+    assert partial["sync"].startswith("SyncError") and "the worker stumbled" in partial["sync"]
+    for answer in (partial["whole"], partial["later"], partial["later stream"]):
+        assert answer.startswith("503: ") and "partially updated weights" in answer and "the worker stumbled" in answer
     # It had begun: there is no other status any more.
-    assert torn["streaming"] == "no 'choices'"
-    assert torn["health"] == 503
+    assert partial["streaming"] == "no 'choices'"
+    assert partial["health"] == 503
     assert facts["after"][0] == facts["after"][1] > SYNCS
 
 

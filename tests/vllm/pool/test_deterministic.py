@@ -9,7 +9,7 @@ from torchrun import run_facts_of_trainers
 
 from rollcast.launch.grpo.options import parse
 from rollcast.rollout import PreflightError, RolloutConfig, Sampling
-from rollcast.rollout.pool.dispatcher import Repeatable
+from rollcast.rollout.pool.dispatcher import DeterministicRequests
 from rollcast.rollout.pool.router import Router
 
 vllm = pytest.mark.vllm
@@ -68,12 +68,12 @@ def test_mistakes_leave_nothing_behind_that_others_wait_for(runs: list[dict[str,
 
 def test_seeds_hang_on_seed_and_rank_and_are_the_users_first() -> None:
     def drawn(seed: int, rank: int) -> list[int | None]:
-        repeatable = Repeatable(seed, rank=rank)
+        repeatable = DeterministicRequests(seed, rank=rank)
         return [repeatable.seeded(Sampling()).seed for _ in range(3)]
 
     assert drawn(1, 0) == drawn(1, 0)
     assert len({*drawn(1, 0), *drawn(1, 1), *drawn(2, 0)}) == 9
-    assert Repeatable(1, rank=0).seeded(Sampling(seed=7)).seed == 7
+    assert DeterministicRequests(1, rank=0).seeded(Sampling(seed=7)).seed == 7
 
 
 def test_engines_take_turns() -> None:

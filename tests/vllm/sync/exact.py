@@ -59,7 +59,7 @@ def main() -> None:
                 "tokens": [samples[0].token_ids for samples in greedy],
                 "versions": [samples[0].versions for samples in greedy],
                 "expected": expected,
-                "describe": [[state.version, state.torn] for state in job.pool.describe()],
+                "describe": [[state.version, state.refusal] for state in job.pool.describe()],
                 "sync": sync.to_dict(),
             }
             report.write_text(json.dumps(facts))

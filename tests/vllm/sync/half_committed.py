@@ -15,6 +15,7 @@ from oracle import distances, said
 from slow_worker import SlowWorker
 
 import rollcast.rollout as rollcast
+from rollcast.rollout.sync.session import SyncSession
 
 # Long enough for the other engine to commit, and to make what is asked of it.
 STUMBLE_S = 4.0
@@ -35,13 +36,13 @@ class StumblingWorker(SlowWorker):
         if pid != os.getpid():
             return
 
-        def stumbling(timeout_s: float) -> None:
-            del worker.rollcast_apply
+        def stumbling(**_: Any) -> None:
+            del sync.apply
             time.sleep(STUMBLE_S)
             raise RuntimeError("the worker stumbled")
 
-        worker: Any = self
-        worker.rollcast_apply = stumbling
+        sync: Any = self.rollcast_sync
+        sync.apply = stumbling
 
 
 def main() -> None:
@@ -49,7 +50,6 @@ def main() -> None:
     config = rollcast.RolloutConfig(
         model=folder,
         enforce_eager=True,
-        prefix_cache="salt",
         worker_extension_cls="half_committed.StumblingWorker",
         log_dir=folder,
     )
@@ -76,12 +76,12 @@ def facts(job: rollcast.Job) -> dict[str, Any]:
     broadcaster.sync(version=2, mode="shadow")
     found["mended"] = served(job, model)
     parts: Any = broadcaster
-    interrupt(broadcaster, version=3, owner=parts._broadcaster, method="send")
+    interrupt(broadcaster, version=3, owner=parts._lanes, method="send")
     found["interrupted"] = refusals(job)
     broadcaster.sync(version=3)
     found["resumed"] = served(job, model)
     # All engines have committed, and none has heard of it.
-    interrupt(broadcaster, version=4, owner=parts._commands, method="settle")
+    interrupt(broadcaster, version=4, owner=SyncSession, method="_finalize")
     found["late"] = [broadcaster.version, *served(job, model)]
     return found
 
@@ -99,10 +99,11 @@ def served(job: rollcast.Job, model: Any) -> list[Any]:
 
 
 def interrupt(broadcaster: Any, *, version: int, owner: Any, method: str) -> None:
-    """As Ctrl-C in a sync, which somebody catches: when it calls `method` of its part `owner`."""
+    """Raise KeyboardInterrupt in a sync, as Ctrl-C does, when it first calls `method` of `owner`, and catch it here."""
+    original = getattr(owner, method)
 
     def interrupted(*_: Any, **__: Any) -> None:
-        delattr(owner, method)
+        setattr(owner, method, original)
         time.sleep(0.5)
         raise KeyboardInterrupt
 

@@ -28,8 +28,8 @@ def test_what_one_engine_alone_has_committed_is_not_handed_out(facts: dict[str, 
     assert facts["versions"] == [2, 1], "engine 0 has committed: else this shows nothing"
     refused = [*facts["in flight"], *facts["asked"]]
     assert all("refuses to generate until the next sync" in words for words in refused), refused
-    assert any(words.startswith("EngineError: engine 0 holds weights that were given up") for words in refused)
-    assert any(words.startswith("EngineError: engine 1 holds torn weights") for words in refused)
+    assert any(words.startswith("EngineError: engine 0 has weights of an aborted sync") for words in refused)
+    assert any(words.startswith("EngineError: engine 1 has partially updated weights") for words in refused)
 
 
 def test_the_same_version_may_come_again_with_other_weights(facts: dict[str, Any]) -> None:

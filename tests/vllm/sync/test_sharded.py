@@ -34,7 +34,7 @@ def test_a_mistake_is_named_before_anything_is_sent(facts: dict[str, Any], mista
 
 @pytest.mark.parametrize("worker", [0, 1])
 def test_a_flipped_bit_on_one_lane_names_the_run_and_sets_no_version(facts: dict[str, Any], worker: int) -> None:
-    assert re.search(rf"run \d+ of lane {worker}, \S+\[\d+:\d+\], arrived damaged", facts[f"flipped {worker}"])
+    assert re.search(rf"message \d+ of lane {worker} \(\S+\[\d+:\d+\]\): checksum mismatch", facts[f"flipped {worker}"])
     assert facts[f"after flipped {worker}"] == [1, True]
 
 

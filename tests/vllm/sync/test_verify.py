@@ -26,8 +26,8 @@ def test_a_sync_of_the_same_weights_changes_no_byte(facts: dict[str, Any]) -> No
 def test_a_self_test_names_what_changed(facts: dict[str, Any]) -> None:
     words = facts["self-test of others"]
     assert "self-test" in words and "tensors changed" in words and "model." in words
-    version, torn = facts["after a failed self-test"]
-    assert version == 1 and torn
+    version, refusal = facts["after a failed self-test"]
+    assert version == 1 and refusal
 
 
 def test_a_flipped_bit_names_the_run_and_sets_no_version(facts: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ def refusal(job: rollcast.Job) -> str:
 
 def state(job: rollcast.Job) -> list[Any]:
     (found,) = job.pool.describe()
-    return [found.version, found.torn is not None]
+    return [found.version, found.refusal is not None]
 
 
 def resources(job: rollcast.Job) -> dict[str, list[int]]:

@@ -1,0 +1,334 @@
+"""The serving program, with OpenAI's own client as its user while weights are updated (torchrun: rank 0, two engines).
+
+frontend.py MODEL_FOLDER REPORT.json PORT
+
+Serves until it is interrupted, like the program.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import openai
+from prometheus_client import CollectorRegistry
+from transformers import AutoModelForCausalLM
+from updates import Updates
+
+import rollcast.rollout as rollcast
+from rollcast.launch.serve import __main__ as program
+from rollcast.launch.serve.frontend import ENGINE_HEADER, Frontend, serve_app
+
+SYNCS = 4
+STEP_S = 0.05
+TURNS: Any = [
+    {"role": "user", "content": "abc"},
+    {"role": "assistant", "content": "ABC"},
+    {"role": "user", "content": "de"},
+]
+ARGUMENTS: Any = {
+    "type": "object",
+    "properties": {"up": {"type": "boolean"}},
+    "required": ["up"],
+    "additionalProperties": False,
+}
+TOOLS: Any = [{"type": "function", "function": {"name": "add", "parameters": ARGUMENTS}}]
+CHOSEN: Any = {"type": "function", "function": {"name": "add"}}
+
+
+def main() -> int:
+    folder, report, port = sys.argv[1:]
+    sys.argv[1:] = ["--model", folder, "--port", port, "--enforce-eager", "--served-model-name", "tiny"]
+    sys.argv += ["--openai-flags=--enable-auto-tool-choice --tool-call-parser pythonic"]
+    sys.argv += ["--log-dir", str(Path(report).parent)]
+    program.rollout_config = partial(slow_rollout_config, program.rollout_config)
+    program.serve = partial(serve_and_measure, program.serve, Path(report))
+    return program.main()
+
+
+def slow_rollout_config(original: Callable[..., rollcast.RolloutConfig], options: Any) -> rollcast.RolloutConfig:
+    """The program's settings, with workers that can be slowed down."""
+    return replace(original(options), worker_extension_cls="slow_worker.SlowWorker")
+
+
+def serve_and_measure(original: Callable[..., None], report: Path, job: rollcast.Job, options: Any) -> None:
+    """Serve as the program does, and measure on a thread."""
+    address = f"http://127.0.0.1:{options.port}"
+    threading.Thread(target=measure, args=(job, options.model, address, report), daemon=True).start()
+    original(job, options)
+
+
+def measure(job: rollcast.Job, folder: str, address: str, report: Path) -> None:
+    """Write the facts once the server answers; end the job if that fails."""
+    try:
+        wait_until_served(address)
+        addresses = [str(engine.openai) for engine in job.pool.describe()]
+        report.write_text(json.dumps(facts(job, folder, address, addresses)))
+        print("the facts are written", flush=True)
+    except Exception:
+        traceback.print_exc()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def wait_until_served(address: str) -> None:
+    end = time.monotonic() + 30
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/health").close()
+            return
+        except OSError:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+def facts(job: rollcast.Job, folder: str, address: str, addresses: list[str]) -> dict[str, Any]:
+    client = connect(address)
+    found: dict[str, Any] = {
+        "models": [model.id for model in client.models.list()],
+        "whole": whole(client, temperature=0.0, max_tokens=12),
+        "direct": [whole(connect(own.removesuffix("/v1")), temperature=0.0, max_tokens=12) for own in addresses],
+        "streamed": streamed(client, temperature=0.0, max_tokens=12),
+        "samples": samples(client),
+        "tool_call": tool_call(client),
+        "tool_history": tool_history(client),
+        "stop": stop(client),
+        "template_argument": template_argument(client),
+        "top_logprobs": top_logprobs(client),
+        "structured": structured(client),
+        "response": client.responses.create(model="tiny", input="abc", max_output_tokens=12).output_text,
+        "refused": [refusal(client, max_tokens=0), refusal(client, content="a" * 200)],
+        "conversation": conversation(client),
+        "without_first_engine": without_first_engine(addresses),
+        "answers": talk_during_syncs(job, folder, client),
+    }
+    with urllib.request.urlopen(f"{address}/metrics") as metrics:
+        found["metrics"] = metrics.read().decode()
+    return found | {"asleep": asleep(job, client, address), "left": left(job, client)}
+
+
+def connect(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=40)
+
+
+def whole(client: openai.OpenAI, **options: Any) -> dict[str, Any]:
+    """One response, with its headers."""
+    extra = {"return_token_ids": True} | options.pop("extra_body", {})
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny", messages=TURNS, logprobs=True, extra_body=extra, **options
+    )
+    answer: Any = raw.parse()
+    (choice,) = answer.choices
+    return {
+        "text": choice.message.content,
+        "finish_reason": choice.finish_reason,
+        "usage": answer.usage.completion_tokens,
+        "logprobs": len(choice.logprobs.content),
+        "version": answer.policy_version,
+        "header": raw.headers["x-rollcast-version"],
+        "spans": choice.policy_spans,
+        "tokens": choice.token_ids,
+    }
+
+
+def streamed(client: openai.OpenAI, **options: Any) -> list[dict[str, Any]]:
+    """Text, finish reason and version of each piece."""
+    pieces: Any = client.chat.completions.create(model="tiny", messages=TURNS, stream=True, **options)
+    return [
+        {
+            "text": piece.choices[0].delta.content,
+            "finish_reason": piece.choices[0].finish_reason,
+            "version": piece.policy_version,
+        }
+        for piece in pieces
+    ]
+
+
+def samples(client: openai.OpenAI) -> list[str]:
+    """Texts of two samples, which are alike: vLLM does not take `n` with temperature 0."""
+    answer = client.completions.create(model="tiny", prompt="abcd>", n=2, max_tokens=6, extra_body={"top_k": 1})
+    return [choice.text for choice in answer.choices]
+
+
+def tool_call(client: openai.OpenAI) -> dict[str, str]:
+    """Name and arguments of a tool call that the client asks for."""
+    answer: Any = client.chat.completions.create(
+        model="tiny", messages=TURNS, tools=TOOLS, tool_choice=CHOSEN, max_tokens=60
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    return {"name": call.function.name, "arguments": call.function.arguments}
+
+
+def tool_history(client: openai.OpenAI) -> int:
+    """The length of a prompt that has a tool's result."""
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    turns: Any = [
+        TURNS[0],
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "ABC"},
+    ]
+    answer: Any = client.chat.completions.create(model="tiny", messages=turns, max_tokens=1)
+    return answer.usage.prompt_tokens
+
+
+def stop(client: openai.OpenAI) -> dict[str, Any]:
+    """Text up to a stop string, and the text without one."""
+    options: Any = {"model": "tiny", "prompt": "abcd>", "temperature": 0.0, "max_tokens": 30}
+    options["extra_body"] = {"ignore_eos": True}
+    free = client.completions.create(**options).choices[0].text
+    string = free[10:12]
+    choice = client.completions.create(**options, stop=[string]).choices[0]
+    return {"free": free, "string": string, "text": choice.text, "finish_reason": choice.finish_reason}
+
+
+def template_argument(client: openai.OpenAI) -> list[int]:
+    """The length of the prompt without and with an argument of the chat template."""
+    lengths: list[int] = []
+    for arguments in ({}, {"ending": "abcd"}):
+        answer: Any = client.chat.completions.create(
+            model="tiny", messages=TURNS, max_tokens=1, extra_body={"chat_template_kwargs": arguments}
+        )
+        lengths.append(answer.usage.prompt_tokens)
+    return lengths
+
+
+def top_logprobs(client: openai.OpenAI) -> list[int]:
+    """The number of alternatives of each token."""
+    answer: Any = client.chat.completions.create(
+        model="tiny", messages=TURNS, max_tokens=4, logprobs=True, top_logprobs=3, extra_body={"ignore_eos": True}
+    )
+    return [len(token.top_logprobs) for token in answer.choices[0].logprobs.content]
+
+
+def structured(client: openai.OpenAI) -> str:
+    extra = {"structured_outputs": {"regex": "(ab|cd){6}"}}
+    return client.completions.create(model="tiny", prompt="abcd>", max_tokens=30, extra_body=extra).choices[0].text
+
+
+def refusal(client: openai.OpenAI, *, content: str = "a", **options: Any) -> str:
+    turns: Any = [{"role": "user", "content": content}]
+    return error_of(lambda: client.chat.completions.create(model="tiny", messages=turns, **options))
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """The server's error."""
+    try:
+        call()
+    except openai.APIStatusError as error:
+        return f"{error.status_code}: {error.message}"
+    return "none"
+
+
+def engine_of(client: openai.OpenAI, messages: Any) -> str:
+    """The engine that answers."""
+    raw = client.chat.completions.with_raw_response.create(model="tiny", messages=messages, max_tokens=1)
+    return raw.headers[ENGINE_HEADER]
+
+
+def conversation(client: openai.OpenAI) -> dict[str, list[str]]:
+    """Engines of a conversation that began beside another request, and of others that come later."""
+    turn = {"role": "user", "content": "abcdefgh" * 3 + "ab"}
+    with client.chat.completions.create(model="tiny", messages=TURNS, max_tokens=100, stream=True) as other:
+        next(iter(other))
+        first = engine_of(client, [turn])
+    return {
+        "turns": [first, *(engine_of(client, [turn] * count) for count in (2, 3, 4))],
+        "others": [engine_of(client, TURNS)],
+    }
+
+
+def without_first_engine(addresses: list[str]) -> list[str]:
+    """Engines that answer if nothing listens at the first address."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nothing = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+    app = Frontend([nothing, *addresses], registry=CollectorRegistry()).app()
+    with serve_app(app, host="127.0.0.1", port=0) as address:
+        client = connect(address)
+        return [engine_of(client, TURNS) for _ in range(3)]
+
+
+def talk_during_syncs(job: rollcast.Job, folder: str, client: openai.OpenAI) -> list[Any]:
+    """Chat in several threads while weights change: versions of each response, or what went wrong."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    updates = Updates(job, model)
+    answers: list[Any] = []
+    over = threading.Event()
+    threads = [threading.Thread(target=talk, args=(client, over, answers, stream)) for stream in (False, True) * 2]
+    for thread in threads:
+        thread.start()
+    for sync in range(SYNCS):
+        wait_for_answers(answers)
+        updates.make(mode=("in_place", "shadow")[sync % 2])
+    wait_for_answers(answers)
+    over.set()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def wait_for_answers(answers: list[Any]) -> None:
+    """Wait until as many more answers have come as there are threads."""
+    count, end = len(answers) + 4, time.monotonic() + 20
+    while len(answers) < count and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def talk(client: openai.OpenAI, over: threading.Event, answers: list[Any], stream: bool) -> None:
+    options: Any = {"max_tokens": 100, "extra_body": {"ignore_eos": True}}
+    while not over.is_set():
+        try:
+            if stream:
+                answers.append([piece["version"] for piece in streamed(client, **options)])
+            else:
+                answers.append([version for version, _ in whole(client, **options)["spans"]])
+        except Exception as error:
+            answers.append(f"{type(error).__name__}: {error}")
+
+
+def asleep(job: rollcast.Job, client: openai.OpenAI, address: str) -> dict[str, Any]:
+    """What clients get while all engines sleep, and afterwards."""
+    awake = health(address)
+    job.pool.sleep()
+    refused, asleep = error_of(lambda: engine_of(client, TURNS)), health(address)
+    job.pool.wake_up()
+    return {"refused": refused, "after": engine_of(client, TURNS), "health": [awake, asleep, health(address)]}
+
+
+def health(address: str) -> list[Any]:
+    """Status, and whether each engine is healthy."""
+    try:
+        with urllib.request.urlopen(f"{address}/health") as answer:
+            return [answer.status, [engine["healthy"] for engine in json.load(answer)["engines"]]]
+    except urllib.error.HTTPError as error:
+        return [error.code, [engine["healthy"] for engine in json.load(error)["engines"]]]
+
+
+def left(job: rollcast.Job, client: openai.OpenAI) -> dict[str, Any]:
+    """Requests in the engines while a stream is read, and the seconds until its client's disconnect has ended it."""
+    job.pool.call_workers("slow_down", STEP_S)
+    options: Any = {"max_tokens": 100, "stream": True, "extra_body": {"ignore_eos": True}}
+    with client.chat.completions.create(model="tiny", messages=TURNS, **options) as pieces:
+        next(iter(pieces))
+        during = requests(job)
+    start = time.monotonic()
+    while requests(job) and time.monotonic() < start + 100 * STEP_S:
+        time.sleep(0.02)
+    return {"during": during, "seconds": time.monotonic() - start}
+
+
+def requests(job: rollcast.Job) -> int:
+    return sum(engine.requests for engine in job.pool.describe())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
