@@ -1,7 +1,7 @@
 """A pool of vLLM engines that trainer ranks generate with and push weights to."""
 
 from rollcast.rollout.config import RolloutConfig
-from rollcast.rollout.errors import EngineError, OrchestratorError, PreflightError, RollcastError, SyncError
+from rollcast.rollout.errors import EngineError, Failure, OrchestratorError, PreflightError, RollcastError, SyncError
 from rollcast.rollout.job import Job, join
 from rollcast.rollout.orchestrator import Mode, Orchestrator, Outcome, async_, on_policy, one_step_off
 from rollcast.rollout.pool import Pool
@@ -11,6 +11,7 @@ from rollcast.rollout.sync import PoolBroadcaster
 __all__ = [
     "Completion",
     "EngineError",
+    "Failure",
     "Job",
     "Mode",
     "Orchestrator",

@@ -17,9 +17,8 @@ from rollcast.launch.grpo.options import GrpoConfig, parse
 from rollcast.launch.grpo.task import CHARACTERS, Task, load_task
 from rollcast.launch.signals import end_soon_on_signals
 from rollcast.rollout import Job, OrchestratorError, PreflightError, RollcastError, RolloutConfig, SyncError, join
-from rollcast.rollout.job import World
-from rollcast.rollout.job.preflight import versions
-from rollcast.rollout.pool.dispatcher import check_prompts
+from rollcast.rollout.job import World, versions
+from rollcast.rollout.pool import check_prompts
 
 STORE_TIMEOUT_S = 300.0
 SAME_ON_ALL_RANKS = (PreflightError, SyncError, LogprobError, OrchestratorError)

@@ -8,10 +8,10 @@ from torch import nn
 
 from rollcast.comm import Manifest
 from rollcast.rollout.errors import LandingError
+from rollcast.rollout.landing import LandingPlan
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
 from rollcast.rollout.landing.lora import AdapterLanding, compile_adapter, is_lora_manifest, register_adapters
-from rollcast.rollout.landing.plan import LandingPlan
 
 SHOWN_PROBLEMS = 10
 

@@ -44,9 +44,9 @@ class Ranks:
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     monkeypatch.setattr(agreement, "MARGIN_S", 0.2)
-    made = Ranks()
-    yield made
-    made.threads.shutdown()
+    ranks = Ranks()
+    yield ranks
+    ranks.threads.shutdown()
 
 
 def decide(agreement: Agreement, topic: str, value: str, timeout_s: float = LONG_S) -> Verdict[str]:

@@ -3,17 +3,27 @@
 colocated.py MODEL_FOLDER REPORT.json
 """
 
-import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import torch
 from models import build, perturb
-from on_gpus import served
+from on_gpus import Served, greedy_answers
 
 import rollcast.rollout as rollcast
 from rollcast.comm.device.nvml import gpu_state, gpu_uuid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cycle:
+    """One sleep of the engine, and what it serves after the sync that follows."""
+
+    awake_bytes: int
+    """Memory used on the GPU before the engine sleeps, and while it does."""
+    asleep_bytes: int
+    served: list[Served]
 
 
 def main() -> None:
@@ -28,27 +38,27 @@ def main() -> None:
     )
     with rollcast.join(config) as job:
         if job.is_trainer:
-            report.write_text(json.dumps(facts(job)))
+            report.write_bytes(msgspec.json.encode(run_cycles(job)))
 
 
-def facts(job: rollcast.Job) -> dict[str, Any]:
+def run_cycles(job: rollcast.Job) -> list[Cycle]:
     model = build("untied").cuda()
     broadcaster = job.broadcaster(model)
     broadcaster.self_test()
-    found: dict[str, Any] = {"served": [], "used": []}
+    cycles: list[Cycle] = []
     for version, level in ((1, 1), (2, 2), (3, 1)):
-        before = used()
+        awake_bytes = used_bytes()
         job.pool.sleep(level)
-        found["used"].append([before, used()])
+        asleep_bytes = used_bytes()
         perturb(model, seed=version)
         job.pool.wake_up(["weights"])
         broadcaster.sync(version=version, verify="full")
         job.pool.wake_up(["kv_cache"])
-        found["served"].append(served(job, model))
-    return found
+        cycles.append(Cycle(awake_bytes=awake_bytes, asleep_bytes=asleep_bytes, served=greedy_answers(job, model)))
+    return cycles
 
 
-def used() -> int:
+def used_bytes() -> int:
     return gpu_state(gpu_uuid(torch.device("cuda", 0))).used_bytes
 
 

@@ -4,22 +4,79 @@ on_gpus.py MODEL_FOLDER REPORT.json TRANSPORT
 """
 
 import gc
-import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from exact import greedy_tokens
 from models import PROMPTS, build, perturb
+from oracle import greedy_tokens
 
 import rollcast.rollout as rollcast
 
 LENGTH = 900
 SYNCS = 100
 MODES = ("in_place", "shadow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """Greedy tokens of the engine and of transformers for one prompt."""
+
+    tokens: list[int]
+    expected: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """A request that a sync meets half way."""
+
+    tokens: int
+    versions: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A sync in which a worker raises: the error, and after how long."""
+
+    text: str
+    after_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that torch has allocated and reserved, in the worker and in the trainer."""
+
+    worker: list[int]
+    trainer: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuUse:
+    """What a sync's report has about a GPU."""
+
+    rank: int
+    used_bytes: int
+    nvlink_received_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """All that the trainer sees."""
+
+    served: list[list[Served]]
+    """After each of some syncs, by prompt."""
+    in_flight: list[list[InFlight]]
+    """By sync; the first is version 1."""
+    failure: Failure
+    gpus: list[GpuUse]
+    memory_before: Memory
+    memory_after: Memory
+    """After many syncs more."""
 
 
 def main() -> None:
@@ -34,68 +91,80 @@ def main() -> None:
     )
     with rollcast.join(config) as job:
         if job.is_trainer:
-            report.write_text(json.dumps(facts(job)))
+            report.write_bytes(msgspec.json.encode(collect_facts(job)))
 
 
-def facts(job: rollcast.Job) -> dict[str, Any]:
+def collect_facts(job: rollcast.Job) -> Facts:
     torch.cuda.set_device(0)
     model = build("untied").cuda()
     broadcaster = job.broadcaster(model)
     broadcaster.self_test()
-    found: dict[str, Any] = {"served": [], "in flight": []}
+    answers: list[list[Served]] = []
+    in_flight: list[list[InFlight]] = []
     for version in range(1, 5):
         perturb(model, seed=version)
         with ThreadPoolExecutor(1) as thread:
-            running = thread.submit(in_flight, job)
+            running = thread.submit(generate_long, job)
             time.sleep(0.2)
             broadcaster.sync(version=version, mode=MODES[version % 2], verify="checksum")
-            found["in flight"].append(running.result())
-        found["served"].append(served(job, model))
-    found |= failing(job, broadcaster, version=5)
+            in_flight.append(running.result())
+        answers.append(greedy_answers(job, model))
+    failure = fail_sync(job, broadcaster, version=5)
     perturb(model, seed=5)
     watched = broadcaster.sync(version=6, hardware=True)
-    found["gpus"] = [[gpu.rank, gpu.used_bytes, gpu.nvlink_received_bytes] for gpu in watched.gpus]
     for version in range(7, 17):
         broadcaster.sync(version=version, mode=MODES[version % 2])
-    found["memory"] = [memory(job)]
+    memory_before = memory(job)
     for version in range(17, 17 + SYNCS):
         broadcaster.sync(version=version, mode=MODES[version % 2])
-    found["memory"].append(memory(job))
-    found["served"].append(served(job, model))
-    return found
+    memory_after = memory(job)
+    answers.append(greedy_answers(job, model))
+    return Facts(
+        served=answers,
+        in_flight=in_flight,
+        failure=failure,
+        gpus=[
+            GpuUse(rank=gpu.rank, used_bytes=gpu.used_bytes, nvlink_received_bytes=gpu.nvlink_received_bytes)
+            for gpu in watched.gpus
+        ],
+        memory_before=memory_before,
+        memory_after=memory_after,
+    )
 
 
-def in_flight(job: rollcast.Job) -> list[Any]:
-    """Length and versions of requests that a sync meets half way."""
+def generate_long(job: rollcast.Job) -> list[InFlight]:
     sampling = rollcast.Sampling(max_tokens=LENGTH, ignore_eos=True, n=4)
-    return [[len(its.token_ids), its.versions] for group in job.pool.generate(PROMPTS, sampling) for its in group]
-
-
-def served(job: rollcast.Job, model: Any) -> list[Any]:
-    """Greedy tokens of the engine and of transformers."""
-    sampling = rollcast.Sampling(temperature=0.0, max_tokens=12, ignore_eos=True)
-    groups = job.pool.generate(PROMPTS, sampling)
     return [
-        [group[0].token_ids, greedy_tokens(model, prompt, 12)] for group, prompt in zip(groups, PROMPTS, strict=True)
+        InFlight(tokens=len(sample.token_ids), versions=[*sample.versions])
+        for group in job.pool.generate(PROMPTS, sampling)
+        for sample in group
     ]
 
 
-def failing(job: rollcast.Job, broadcaster: rollcast.PoolBroadcaster, *, version: int) -> dict[str, Any]:
-    """A worker raises: what the trainer hears, and when."""
+def greedy_answers(job: rollcast.Job, model: Any) -> list[Served]:
+    sampling = rollcast.Sampling(temperature=0.0, max_tokens=12, ignore_eos=True)
+    groups = job.pool.generate(PROMPTS, sampling)
+    return [
+        Served(tokens=sample.token_ids, expected=greedy_tokens(model, prompt, 12))
+        for (sample,), prompt in zip(groups, PROMPTS, strict=True)
+    ]
+
+
+def fail_sync(job: rollcast.Job, broadcaster: rollcast.PoolBroadcaster, *, version: int) -> Failure:
     job.pool.call_workers("fail_next")
     start = time.perf_counter()
     try:
         broadcaster.sync(version=version)
     except rollcast.SyncError as error:
-        return {"failure": [str(error), time.perf_counter() - start]}
-    return {"failure": ["none", 0.0]}
+        return Failure(text=str(error), after_s=time.perf_counter() - start)
+    return Failure(text="", after_s=0.0)
 
 
-def memory(job: rollcast.Job) -> list[int]:
+def memory(job: rollcast.Job) -> Memory:
     # What a failed sync's exception held.
     gc.collect()
     ((worker,),) = job.pool.call_workers("memory")
-    return [*worker, torch.cuda.memory_allocated(), torch.cuda.memory_reserved()]
+    return Memory(worker=worker, trainer=[torch.cuda.memory_allocated(), torch.cuda.memory_reserved()])
 
 
 if __name__ == "__main__":

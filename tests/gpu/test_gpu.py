@@ -5,15 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from colocated import Cycle
 from models import build
-from test_exact import check_equal, fresh_engine, synced_facts
+from on_gpus import LENGTH, Facts, InFlight, Served
+from test_exact import check_equal, fresh_engine, run_synced
 from torchrun import job_script, run_facts, run_job
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
-LENGTH = 900
 GIGABYTE = 10**9
 
 
@@ -28,7 +30,8 @@ def needs_gpus(count: int) -> Callable[[Any], Any]:
     return lambda test: mark(skip(test))
 
 
-def facts_of(job: str, folder: Path, *arguments: str) -> dict[str, Any]:
+def run_report(job: str, folder: Path, *arguments: str) -> Any:
+    """The report of a job script of a trainer and an engine."""
     build("untied").save_pretrained(folder / "model")
     return run_facts(job, folder, *arguments, ranks=2, timeout_s=300)
 
@@ -73,33 +76,34 @@ def test_bytes_cross_within_a_gpu(tmp_path: Path) -> None:
 )
 def test_a_synced_engine_equals_a_fresh_one_on_gpus(tmp_path: Path, transport: str, tensor_parallel_size: int) -> None:
     shape: Any = {"tensor_parallel_size": tensor_parallel_size, "cpu_weights": "plain"}
-    facts = synced_facts("llama", tmp_path, trainers=1, engines=1, transport=transport, **shape)
-    after = fresh_engine(tmp_path / "saved", tmp_path / "after.json", **shape)
-    check_equal(facts, after, engines=1)
+    synced = run_synced("llama", tmp_path, trainers=1, engines=1, transport=transport, **shape)
+    check_equal(synced, fresh_engine(tmp_path / "saved", tmp_path / "fresh.json", **shape), engines=1)
 
 
 @needs_gpus(2)
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_an_engine_with_cuda_graphs_serves_what_was_sent(tmp_path: Path, transport: str) -> None:
-    facts = facts_of("on_gpus.py", tmp_path, transport)
-    for groups in facts["served"]:
-        assert all(tokens == expected for tokens, expected in groups), "transformers' greedy tokens"
-    for version, requests in enumerate(facts["in flight"], start=1):
-        assert requests == [[LENGTH, [version - 1, version]]] * 12
-    words, seconds = facts["failure"]
-    assert "the worker was told to fail" in words and seconds < 5.0
-    assert facts["memory"][0] == facts["memory"][1], "100 syncs take no memory"
-    (_, _, trainer_bytes), (rank, used_bytes, nvlink_bytes) = facts["gpus"]
-    assert rank == 1 and used_bytes > GIGABYTE and trainer_bytes is not None and nvlink_bytes is not None
+    facts = msgspec.convert(run_report("on_gpus.py", tmp_path, transport), Facts)
+    for answers in facts.served:
+        check_greedy(answers)
+    for version, requests in enumerate(facts.in_flight, start=1):
+        assert requests == [InFlight(tokens=LENGTH, versions=[version - 1, version])] * 12
+    assert "the worker was told to fail" in facts.failure.text and facts.failure.after_s < 5.0
+    assert facts.memory_before == facts.memory_after, "100 syncs take no memory"
+    trainer, engine = facts.gpus
+    assert engine.rank == 1 and engine.used_bytes > GIGABYTE
+    assert trainer.nvlink_received_bytes is not None and engine.nvlink_received_bytes is not None
+
+
+def check_greedy(answers: list[Served]) -> None:
+    assert all(answer.tokens == answer.expected for answer in answers), "transformers' greedy tokens"
 
 
 @needs_gpus(1)
 def test_trainer_and_engine_share_a_gpu(tmp_path: Path) -> None:
-    facts = facts_of("colocated.py", tmp_path)
-    for groups in facts["served"]:
-        assert all(tokens == expected for tokens, expected in groups), "transformers' greedy tokens"
-    for awake, asleep in facts["used"]:
-        assert awake - asleep > 10 * GIGABYTE, "sleep frees the engine's memory"
+    for cycle in msgspec.convert(run_report("colocated.py", tmp_path), list[Cycle]):
+        check_greedy(cycle.served)
+        assert cycle.awake_bytes - cycle.asleep_bytes > 10 * GIGABYTE, "sleep frees the engine's memory"
 
 
 @needs_gpus(2)

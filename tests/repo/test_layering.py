@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "rollout.job": ROLLOUT | {"rollout.pool", "rollout.sync", "rollout.orchestrator", "rollout.protocol"},
     "rollout": ROLLOUT | {"rollout.job", "rollout.orchestrator", "rollout.pool", "rollout.protocol", "rollout.sync"},
     "launch.signals": COMM | {"rollout"},
-    "launch.grpo": COMM | {"rollout", "launch.signals"},
+    # Programs take from a package its face alone.
+    "launch.grpo": COMM | {"rollout", "rollout.job", "rollout.pool", "launch.signals"},
     "launch.serve": COMM | {"rollout", "launch.signals"},
     "launch": frozenset(),
 }

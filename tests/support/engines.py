@@ -49,7 +49,7 @@ from rollcast.rollout.sync.broadcaster import PoolBroadcaster
 
 
 class Worker:
-    """Keeps its share of the rows of every parameter."""
+    """A worker that has a share of the rows of every parameter."""
 
     def __init__(self, index: int, size: int, ballast: int) -> None:
         self.index, self.size, self.ballast = index, size, ballast
@@ -69,14 +69,20 @@ class Worker:
         return self.plan.digest
 
     def join(self, request: JoinGroup) -> None:
-        its = request.assignments[self.index]
+        assignment = request.assignments[self.index]
         buckets = fill_buckets(self.plan.moves, request.gather_order, bucket_bytes=request.bucket_bytes)
-        lane = Lane(its.lane, its.sender, (), buckets)
-        assert lane.digest == its.digest
+        lane = Lane(assignment.lane, assignment.sender, (), buckets)
+        assert lane.digest == assignment.digest
         self.memory.events = []
         self.receiver = WeightReceiver(lane, self.memory, device=CPU)
-        place: dict[str, Any] = {"rank": its.rank, "size": its.size, "name": f"lane-{its.lane}"}
-        self.group = join_group(its.transport, request.address, deadline=Deadline(request.timeout_s), **place)
+        self.group = join_group(
+            assignment.transport,
+            request.address,
+            rank=assignment.rank,
+            size=assignment.size,
+            name=f"lane-{assignment.lane}",
+            deadline=Deadline(request.timeout_s),
+        )
 
     def receive(self, request: Receive) -> dict[str, float]:
         assert self.group is not None
@@ -131,7 +137,7 @@ class Engines:
                 phases = self._all(engine, request, lambda worker: worker.receive(request), phase="receive")
                 if request.alone:
                     self.versions[engine] = request.version
-                return Received([WorkerTimes(request.first_rank + w, its) for w, its in enumerate(phases)])
+                return Received([WorkerTimes(request.first_rank + w, phases_s) for w, phases_s in enumerate(phases)])
             case Commit():
                 try:
                     self.fault(engine, 0, request)
@@ -168,7 +174,7 @@ def _engine_error(error: Exception, *, engine: int, phase: str) -> EngineError:
 
 
 class Sharded(WeightSource):
-    """Every rank must take every parameter at the same time, as with FSDP2."""
+    """Weights that are gathered on all ranks at the same time, as with FSDP2."""
 
     def __init__(self, weights: Weights, meeting: threading.Barrier) -> None:
         super().__init__(weights)
@@ -220,7 +226,7 @@ class Trainers:
         ]
 
     def sync(self, *calls: dict[str, Any]) -> list[Any]:
-        """Sync on all ranks, as each call says (or all as the only one): reports or errors."""
+        """Sync on all ranks, each with one of the calls, or all with the only one; return reports or errors."""
         each = calls if len(calls) > 1 else calls * len(self.broadcasters)
         futures = [self._threads.submit(rank.sync, **call) for rank, call in zip(self.broadcasters, each, strict=True)]
         wait(futures, LONG_S)

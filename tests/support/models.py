@@ -24,7 +24,7 @@ SIZES = {
 
 
 def build(kind: str, *, seed: int = 0, **sizes: Any) -> Any:
-    """ "tied" is a Qwen3 with tied embeddings, "untied" a Llama without."""
+    """Return a Qwen3 with tied embeddings ("tied"), or a Llama without ("untied")."""
     torch.manual_seed(seed)
     if kind == "tied":
         return Qwen3ForCausalLM(Qwen3Config(**SIZES | sizes, tie_word_embeddings=True))

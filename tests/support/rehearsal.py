@@ -18,8 +18,8 @@ LONG_S = 30.0
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a rank has generated."""
+class GeneratedPart:
+    """A rank's part of a generated batch."""
 
     batch: int
     oldest_version: int
@@ -38,22 +38,22 @@ class Rehearsal:
         self.logs: list[list[str]] = [[] for _ in range(ranks)]
         self.ages: list[dict[int, int]] = [{} for _ in range(ranks)]
         self.generated: list[list[int]] = [[] for _ in range(ranks)]
-        self.looks = [0] * ranks
-        """How often each rank has looked for a batch that was not there yet."""
+        self.waits = [0] * ranks
+        """How often each rank has waited for a batch."""
         self.cancelled = threading.Event()
         self.version = 0
         self._random = random.Random(seed)
         self._together = threading.Barrier(ranks if collective else 1)
         self._store = dist.HashStore()
 
-    def orchestrator(self, rank: int, mode: Mode, *, timeout_s: float = LONG_S) -> Orchestrator[Made]:
+    def orchestrator(self, rank: int, mode: Mode, *, timeout_s: float = LONG_S) -> Orchestrator[GeneratedPart]:
         return Orchestrator(
             mode,
             generate=lambda batch: self.generate(rank, batch),
-            train=lambda made: self._train(rank, made),
+            train=lambda part: self._train(rank, part),
             sync=lambda version: self._sync(rank, version),
-            dropped=lambda made: self.logs[rank].append(f"drop {made.batch}"),
-            waiting=lambda: self._look(rank),
+            dropped=lambda part: self.logs[rank].append(f"drop {part.batch}"),
+            waiting=lambda: self._wait(rank),
             cancel=self.cancelled.set,
             agreement=Agreement(self._store, rank=rank, size=self.ranks),
             rank=rank,
@@ -63,7 +63,7 @@ class Rehearsal:
         )
 
     def start(self, *modes: Mode, steps: int, **options: Any) -> list[Future[Outcome]]:
-        """Run all ranks at the same time, each in its own of the modes if there are several."""
+        """Start all ranks at the same time, each in its own mode if there are several."""
         runs = [self.orchestrator(rank, modes[rank % len(modes)], **options).run for rank in range(self.ranks)]
         threads = ThreadPoolExecutor(self.ranks)
         started = [threads.submit(run, steps=steps) for run in runs]
@@ -73,18 +73,18 @@ class Rehearsal:
     def run(self, mode: Mode, *, steps: int) -> list[Outcome]:
         return [future.result(LONG_S) for future in self.start(mode, steps=steps)]
 
-    def generate(self, rank: int, batch: int) -> Made:
+    def generate(self, rank: int, batch: int) -> GeneratedPart:
         oldest = self.version
         self._hook("generate", rank, batch)
-        # Now and then much longer than training.
+        # Sometimes much longer than training.
         time.sleep(self.longest_s * self._random.random() ** 4)
         self.generated[rank].append(batch)
-        return Made(batch, oldest)
+        return GeneratedPart(batch, oldest)
 
-    def _train(self, rank: int, made: Made) -> None:
-        self.logs[rank].append(f"train {made.batch}")
-        self.ages[rank][made.batch] = self.version - made.oldest_version
-        self._hook("train", rank, made.batch)
+    def _train(self, rank: int, part: GeneratedPart) -> None:
+        self.logs[rank].append(f"train {part.batch}")
+        self.ages[rank][part.batch] = self.version - part.oldest_version
+        self._hook("train", rank, part.batch)
         time.sleep(self.longest_s * 0.1 * self._random.random())
         self._together.wait(LONG_S)
 
@@ -95,8 +95,8 @@ class Rehearsal:
             self.version = version
         self._together.wait(LONG_S)
 
-    def _look(self, rank: int) -> nullcontext[None]:
-        self.looks[rank] += 1
+    def _wait(self, rank: int) -> nullcontext[None]:
+        self.waits[rank] += 1
         return nullcontext()
 
     def _hook(self, name: str, rank: int, number: int) -> None:
@@ -105,5 +105,5 @@ class Rehearsal:
 
 
 def generating() -> list[str]:
-    """The threads that generate at the moment."""
+    """Return the names of the threads that generate at the moment."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("rollcast-generate")]

@@ -1,4 +1,4 @@
-"""Runs torchrun jobs for tests and sees to it that they leave no process behind."""
+"""Run torchrun jobs for tests, and check that they leave no process behind."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class Finished:
 
 
 class TorchrunJob:
-    """A job under way. `arguments` is what torchrun starts: a script, or "-m" and a module."""
+    """A running job. `arguments` is what torchrun starts: a script, or "-m" and a module."""
 
     def __init__(self, *arguments: str | Path, ranks: int, cwd: Path, env: dict[str, str] | None = None) -> None:
         self.marker = uuid.uuid4().hex
@@ -82,22 +82,27 @@ class TorchrunJob:
 
     def processes(self) -> list[psutil.Process]:
         """Every live process of the job, whoever its parent is by now."""
-        wanted = f"{MARKER}={self.marker}"
-        found: list[psutil.Process] = []
-        for process in psutil.process_iter(["cmdline", "status"]):
-            try:
-                environ = Path(f"/proc/{process.pid}/environ").read_bytes().decode(errors="replace").split("\0")
-            except OSError:
-                continue
-            if wanted in environ and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        return found
+        return processes_of(self.marker)
+
+
+def processes_of(marker: str) -> list[psutil.Process]:
+    """Every live process whose environment has this marker."""
+    variable = f"{MARKER}={marker}"
+    alive: list[psutil.Process] = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        try:
+            environ = Path(f"/proc/{process.pid}/environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if variable in environ and process.info["status"] != psutil.STATUS_ZOMBIE:
+            alive.append(process)
+    return alive
 
 
 def job_script(name: str) -> Path:
-    """A job script of the tests, which stands beside the test that runs it."""
-    (found,) = (folder / name for folder in FOLDERS if (folder / name).is_file())
-    return found
+    """Path of a job script of the tests, which stands beside the test that runs it."""
+    (path,) = (folder / name for folder in FOLDERS if (folder / name).is_file())
+    return path
 
 
 def run_job(
@@ -110,17 +115,19 @@ def run_job(
 def run_facts(
     job: str, folder: Path, *arguments: str, ranks: int, timeout_s: float, env: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Run a job script with the model in `folder`; the facts that it has found."""
+    """Run a job script with the model in `folder`; return its report."""
     report = folder / "facts.json"
-    places = job_script(job), folder / "model", report
-    done = run_job(*places, *arguments, ranks=ranks, cwd=folder, timeout_s=timeout_s, env=env)
+    paths = job_script(job), folder / "model", report
+    done = run_job(*paths, *arguments, ranks=ranks, cwd=folder, timeout_s=timeout_s, env=env)
     assert done.code == 0, done.output
     return json.loads(report.read_text())
 
 
-def run_facts_of_trainers(job: str, folder: Path, *arguments: str, trainers: int, **how: Any) -> list[dict[str, Any]]:
-    """The same where every trainer rank has a report of its own; by rank. `how` is as `run_job` takes it."""
+def run_facts_of_trainers(
+    job: str, folder: Path, *arguments: str, trainers: int, **options: Any
+) -> list[dict[str, Any]]:
+    """Return the reports of every trainer rank, each of which writes one. `options` are for `run_job`."""
     report = folder / "facts"
-    done = run_job(job_script(job), folder / "model", report, *arguments, cwd=folder, **how)
+    done = run_job(job_script(job), folder / "model", report, *arguments, cwd=folder, **options)
     assert done.code == 0, done.output
     return [json.loads(Path(f"{report}.{rank}").read_text()) for rank in range(trainers)]

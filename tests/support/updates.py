@@ -1,4 +1,4 @@
-"""Weights that change, and what sends them (trainer)."""
+"""Weights that change, and their syncs (trainer)."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import rollcast.rollout as rollcast
 
 
 class Updates:
-    """Changes the weights and sends them."""
+    """Changes a model's weights and sends them as the next version."""
 
     def __init__(self, job: rollcast.Job, model: Any) -> None:
         self.model = model
@@ -17,7 +17,7 @@ class Updates:
         # Later syncs are soon over.
         self._broadcaster.self_test()
 
-    def make(self, **way: Any) -> None:
+    def make(self, **options: Any) -> None:
         perturb(self.model, seed=self.version + 1)
-        self._broadcaster.sync(version=self.version + 1, **way)
+        self._broadcaster.sync(version=self.version + 1, **options)
         self.version += 1

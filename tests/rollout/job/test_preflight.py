@@ -1,4 +1,4 @@
-"""What is found before any engine starts: versions, settings, ranks, GPUs, prompts."""
+"""Checks before any engine starts: versions, settings, ranks, GPUs, prompts."""
 
 import json
 import re
@@ -21,14 +21,14 @@ UUIDS = ["GPU-aaaa-0", "GPU-aabb-1", "GPU-cccc-2", "GPU-dddd-3"]
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    """A model folder that says bfloat16 and 64 tokens."""
+    """A model folder whose config.json has bfloat16 and 64 tokens."""
     config = {"dtype": "bfloat16", "max_position_embeddings": 64, "eos_token_id": 7}
     Path(tmp_path, "config.json").write_text(json.dumps(config))
     return str(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("version", "found"),
+    ("version", "release"),
     [
         ("0.26.0", (0, 26)),
         ("0.33.9", (0, 33)),
@@ -38,8 +38,8 @@ def model(tmp_path: Path) -> str:
         (" 0.29.1\n", (0, 29)),
     ],
 )
-def test_supported_vllm_versions(version: str, found: tuple[int, int]) -> None:
-    assert check_vllm(version) == found
+def test_supported_vllm_versions(version: str, release: tuple[int, int]) -> None:
+    assert check_vllm(version) == release
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0", "0.260.0", "0.3", "1.27.0", "garbage", "", "26"])
@@ -50,7 +50,7 @@ def test_unsupported_vllm_versions_are_named(version: str) -> None:
     assert "0.26 to 0.33" in str(refusal.value)
 
 
-def test_missing_vllm_says_what_to_install() -> None:
+def test_missing_vllm_is_an_error_with_what_to_install() -> None:
     with pytest.raises(PreflightError, match=r"not installed: install rollcast\[cuda\] or rollcast\[cpu\]"):
         check_vllm(None)
 
@@ -63,42 +63,46 @@ def test_prompts_must_leave_room_for_a_token() -> None:
         check_prompts([[1], []], max_model_len=8)
 
 
-def cards(*places: tuple[str, str | None], visible: int = 8) -> list[RankInfo]:
+def infos(*places: tuple[str, str | None], visible: int = 8) -> list[RankInfo]:
     return [RankInfo(host, gpu, visible, f"10.0.0.{ord(host)}") for host, gpu in places]
 
 
 @pytest.mark.parametrize(
-    ("found", "tensor_parallel_size"),
+    ("ranks", "tensor_parallel_size"),
     [
-        (cards(("a", "GPU-0"), ("a", "GPU-1")), 1),
-        (cards(("a", "GPU-0"), ("b", "GPU-0"), visible=1), 1),
-        (cards(("a", "GPU-0"), ("b", "GPU-0"), ("b", "GPU-1"), visible=2), 2),
+        (infos(("a", "GPU-0"), ("a", "GPU-1")), 1),
+        (infos(("a", "GPU-0"), ("b", "GPU-0"), visible=1), 1),
+        (infos(("a", "GPU-0"), ("b", "GPU-0"), ("b", "GPU-1"), visible=2), 2),
     ],
     ids=["one machine", "same UUID on two machines", "engine beside the trainer's machine"],
 )
-def test_cards_that_fit(found: list[RankInfo], tensor_parallel_size: int) -> None:
-    check_placement(found, world(len(found), tensor_parallel_size=tensor_parallel_size), device="cuda")
+def test_placements_that_fit(ranks: list[RankInfo], tensor_parallel_size: int) -> None:
+    check_placement(ranks, world(len(ranks), tensor_parallel_size=tensor_parallel_size), device="cuda")
 
 
 @pytest.mark.parametrize(
-    ("found", "tensor_parallel_size", "words"),
+    ("ranks", "tensor_parallel_size", "message"),
     [
-        (cards(("a", "GPU-0"), ("a", "GPU-1"), ("a", "GPU-0")), 1, "ranks 0 and 2 share GPU GPU-0 on a"),
-        (cards(("a", "GPU-0"), ("a", None), visible=1), 1, "not enough GPUs on a: 2 ranks, 1 visible GPUs"),
-        (cards(("a", None), ("b", "GPU-0"), visible=0), 1, "not enough GPUs on a: 1 ranks, 0 visible GPUs"),
-        (cards(("a", "GPU-0"), ("a", "GPU-1"), ("b", "GPU-0")), 2, r"engine 0 \(ranks 1, 2\) spans the machines a, b"),
+        (infos(("a", "GPU-0"), ("a", "GPU-1"), ("a", "GPU-0")), 1, "ranks 0 and 2 share GPU GPU-0 on a"),
+        (infos(("a", "GPU-0"), ("a", None), visible=1), 1, "not enough GPUs on a: 2 ranks, 1 visible GPUs"),
+        (infos(("a", None), ("b", "GPU-0"), visible=0), 1, "not enough GPUs on a: 1 ranks, 0 visible GPUs"),
+        (
+            infos(("a", "GPU-0"), ("a", "GPU-1"), ("b", "GPU-0")),
+            2,
+            r"engine 0 \(ranks 1, 2\) spans the machines a, b",
+        ),
     ],
     ids=["shared GPU", "too few", "none", "engine on two machines"],
 )
-def test_cards_that_do_not_fit(found: list[RankInfo], tensor_parallel_size: int, words: str) -> None:
-    with pytest.raises(PreflightError, match=words):
-        check_placement(found, world(len(found), tensor_parallel_size=tensor_parallel_size), device="cuda")
+def test_placements_that_do_not_fit(ranks: list[RankInfo], tensor_parallel_size: int, message: str) -> None:
+    with pytest.raises(PreflightError, match=message):
+        check_placement(ranks, world(len(ranks), tensor_parallel_size=tensor_parallel_size), device="cuda")
 
 
 def test_cpu_ranks_share_a_machine_but_engines_do_not_span_two() -> None:
-    check_placement(cards(("a", None), ("a", None), visible=0), world(2), device="cpu")
+    check_placement(infos(("a", None), ("a", None), visible=0), world(2), device="cpu")
     with pytest.raises(PreflightError, match="spans the machines"):
-        check_placement(cards(("a", None), ("a", None), ("b", None)), world(3, tensor_parallel_size=2), device="cpu")
+        check_placement(infos(("a", None), ("a", None), ("b", None)), world(3, tensor_parallel_size=2), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ def test_settings_come_from_the_model(model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"pause_mode": "stop"}, "unknown pause_mode 'stop', expected one of keep, wait, abort"),
         ({"device": "tpu"}, "unknown device 'tpu', expected one of auto, cpu, cuda"),
@@ -141,8 +145,8 @@ def test_settings_come_from_the_model(model: str) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_settings_that_cannot_work(settings: dict[str, Any], words: str, model: str) -> None:
-    with pytest.raises(PreflightError, match=words):
+def test_settings_that_cannot_work(settings: dict[str, Any], message: str, model: str) -> None:
+    with pytest.raises(PreflightError, match=message):
         RolloutConfig(model=model, **settings)
 
 
@@ -152,7 +156,7 @@ def test_settings_that_would_fail_later(settings: dict[str, Any], model: str) ->
         RolloutConfig(model=model, **settings).resolved_max_model_len()
 
 
-def test_model_must_say_what_it_is(model: str, tmp_path: Path) -> None:
+def test_model_must_have_a_config(model: str, tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match="max_model_len 65 is more than the model's own 64"):
         RolloutConfig(model=model, max_model_len=65).resolved_max_model_len()
     with pytest.raises(PreflightError, match=r"nowhere' has no config\.json"):
@@ -200,10 +204,10 @@ ENVIRON = {"RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1", "MASTER_ADDR": "h"
 
 
 def test_world_reads_torchruns_variables() -> None:
-    found = World.from_env(trainers=1, tensor_parallel_size=2, environ=ENVIRON | {"LOCAL_WORLD_SIZE": "2"})
-    assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (3, 5, 1, 2)
-    assert (found.master_addr, found.master_port, found.agent_store) == ("h", 29500, False)
-    assert found.engine == 1
+    rank = World.from_env(trainers=1, tensor_parallel_size=2, environ=ENVIRON | {"LOCAL_WORLD_SIZE": "2"})
+    assert (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size) == (3, 5, 1, 2)
+    assert (rank.master_addr, rank.master_port, rank.agent_store) == ("h", 29500, False)
+    assert rank.engine == 1
     agent = ENVIRON | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     assert World.from_env(trainers=1, tensor_parallel_size=2, environ=agent).agent_store
 
@@ -236,15 +240,15 @@ def test_a_rank_that_other_machines_cannot_reach_is_named() -> None:
 
 
 @pytest.mark.parametrize("missing", [False, True], ids=["works", "rank 1 has no model"])
-def test_preflight_tells_all_ranks_the_same(missing: bool, model: str) -> None:
+def test_preflight_ends_alike_on_all_ranks(missing: bool, model: str) -> None:
     store, folders = dist.HashStore(), (model, model + "/nowhere" if missing else model)
     configs = [RolloutConfig(model=folder, device="cpu", dtype="float32", max_model_len=8) for folder in folders]
     with ThreadPoolExecutor(2) as ranks:
         seen = [ranks.submit(preflight, config, world(2, rank=rank), store) for rank, config in enumerate(configs)]
     if missing:
-        words = {str(each.exception()) for each in seen}
-        assert len(words) == 1
-        assert re.match(r"rank 1 on .*nowhere' has no config\.json", words.pop())
+        messages = {str(each.exception()) for each in seen}
+        assert len(messages) == 1
+        assert re.match(r"rank 1 on .*nowhere' has no config\.json", messages.pop())
     else:
         assert seen[0].result() == seen[1].result()
-        assert [card.gpu for card in seen[0].result()] == [None, None]
+        assert [info.gpu for info in seen[0].result()] == [None, None]

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from rehearsal import LONG_S, Made, Rehearsal, generating
+from rehearsal import LONG_S, GeneratedPart, Rehearsal, generating
 
 from rollcast.comm import agreement
 from rollcast.rollout import Mode, OrchestratorError, Outcome, async_, on_policy, one_step_off
@@ -89,11 +89,11 @@ def test_async_syncs_while_requests_are_in_flight() -> None:
 def test_a_batch_is_as_old_as_its_oldest_token_on_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     job, third = Rehearsal(2), threading.Event()
 
-    def generate(rank: int, batch: int) -> Made:
+    def generate(rank: int, batch: int) -> GeneratedPart:
         begun = job.version
-        # Batch 1 is there after the third sync; by then its requests have only just begun on rank 0.
+        # Batch 1 is generated after the third sync; on rank 0 all its tokens are of that version.
         assert batch != 1 or third.wait(SOON_S)
-        return Made(batch, begun if rank else job.version)
+        return GeneratedPart(batch, begun if rank else job.version)
 
     monkeypatch.setattr(job, "generate", generate)
     job.hooks["train"] = lambda rank, batch: third.set() if job.version == 3 else None
@@ -105,7 +105,7 @@ def test_a_rank_that_waits_leaves_the_processor_to_others() -> None:
     job = Rehearsal(1)
     job.hooks["generate"] = lambda rank, batch: time.sleep(0.5)
     job.run(on_policy(), steps=1)
-    assert 0 < job.looks[0] <= 12
+    assert 0 < job.waits[0] <= 12
 
 
 @pytest.mark.parametrize("where", ["generate", "train", "sync"])

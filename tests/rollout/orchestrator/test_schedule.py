@@ -122,7 +122,7 @@ def test_whatever_the_timing_nothing_too_old_is_trained_on_and_nothing_is_lost(s
         bound = line.mode.max_staleness
         assert max(line.ages.values()) <= bound, seed
         assert len(line.ages) == line.steps == line.state.version == line.state.taken, seed
-        assert sorted(line.begun) == sorted([*line.ages, *line.dropped_ages]), "begun is trained on or dropped"
+        assert sorted(line.started) == sorted([*line.ages, *line.dropped_ages]), "each is trained on or dropped"
         assert line.state.dropped == len(line.dropped_ages)
         assert all(age > bound for age in line.dropped_ages.values()), "what is fresh is not dropped"
         assert line.most_in_hand <= bound + 1
@@ -162,7 +162,7 @@ def test_versions_go_on_from_where_an_earlier_run_ended() -> None:
     assert (state.phase, state.version) == (Phase.OVER, 8)
 
 
-def test_every_row_can_be_reached_and_every_event_has_a_last_word() -> None:
+def test_every_row_can_be_reached_and_the_last_row_of_every_event_always_matches() -> None:
     last = {(row.phase, row.event): row.when for row in TABLE}
     state = State(mode=on_policy(), steps=1, version=0)
     assert all(when(state) for when in last.values()), "the last row of a phase and event takes whatever is left"
@@ -171,12 +171,12 @@ def test_every_row_can_be_reached_and_every_event_has_a_last_word() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"max_staleness": -1}, "max_staleness must be at least 0, got -1"),
         ({"max_staleness": 1, "stale": "keep"}, "unknown stale 'keep', expected one of complete, drop"),
     ],
 )
-def test_bad_modes_are_refused(arguments: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_bad_modes_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         async_(**arguments)

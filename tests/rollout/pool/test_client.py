@@ -82,9 +82,9 @@ def registry() -> EngineRegistry:
 
 @pytest.fixture
 def pool(registry: EngineRegistry, peers: list[Peer]) -> Iterator[Pool]:
-    made = Pool(registry, [peer.address for peer in peers], max_model_len=64)
-    yield made
-    made.close()
+    pool = Pool(registry, [peer.address for peer in peers], max_model_len=64)
+    yield pool
+    pool.close()
 
 
 def failure(future: Future[Reply]) -> str:

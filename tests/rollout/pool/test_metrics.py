@@ -1,4 +1,4 @@
-"""What is counted, as a scrape sees it."""
+"""Metrics as a scrape returns them."""
 
 import urllib.request
 
@@ -11,7 +11,7 @@ from rollcast.rollout.protocol.sampling import Completion
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
     families = text_string_to_metric_families(metrics.text())
-    return {(its.name, *its.labels.values()): its.value for family in families for its in family.samples}
+    return {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
 
 
 def test_syncs_and_completions_are_counted() -> None:
@@ -21,12 +21,14 @@ def test_syncs_and_completions_are_counted() -> None:
     metrics.failed()
     completion = Completion([1, 2, 3], [0.0] * 3, "length", ((0, 0),), cached_tokens=16)
     metrics.finished(1, [completion, completion])
-    found = samples(metrics)
-    assert found["rollcast_syncs_total", "ok"] == 2 and found["rollcast_syncs_total", "failed"] == 1
-    assert found["rollcast_sync_seconds_total", "wire"] == 0.5 and found["rollcast_sync_seconds_total", "total"] == 1.0
-    assert found["rollcast_sync_bytes_total",] == 2000 and found["rollcast_policy_version",] == 2
-    assert found["rollcast_tokens_total", "1"] == 6 and found["rollcast_completions_total", "length"] == 2
-    assert found["rollcast_cached_prompt_tokens_total",] == 32
+    values = samples(metrics)
+    assert values["rollcast_syncs_total", "ok"] == 2 and values["rollcast_syncs_total", "failed"] == 1
+    assert (
+        values["rollcast_sync_seconds_total", "wire"] == 0.5 and values["rollcast_sync_seconds_total", "total"] == 1.0
+    )
+    assert values["rollcast_sync_bytes_total",] == 2000 and values["rollcast_policy_version",] == 2
+    assert values["rollcast_tokens_total", "1"] == 6 and values["rollcast_completions_total", "length"] == 2
+    assert values["rollcast_cached_prompt_tokens_total",] == 32
 
 
 def test_scrapes_are_answered() -> None:

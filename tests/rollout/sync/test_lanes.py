@@ -28,14 +28,14 @@ Start = Callable[..., Trainers]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    made: list[Trainers] = []
+    started: list[Trainers] = []
 
     def trainers(engines: Engines, weights: Weights, **settings: Any) -> Trainers:
-        made.append(Trainers(weights, engines, **{"count": 2} | settings))
-        return made[-1]
+        started.append(Trainers(weights, engines, **{"count": 2} | settings))
+        return started[-1]
 
     yield trainers
-    for each in made:
+    for each in started:
         each.close()
 
 

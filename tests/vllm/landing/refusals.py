@@ -22,12 +22,12 @@ async def main() -> None:
     config = RolloutConfig(model=folder, max_model_len=64, enforce_eager=True, lora_rank=8)
     engine = Engine.start(EngineSpec(config=config, engine=0, host="127.0.0.1"))
     manifest = WeightSource(build("untied")).manifest.to_bytes()
-    found = {"lora": await refusal(engine, manifest)}
+    errors = {"lora": await refusal(engine, manifest)}
     await engine.sleep(1)
-    found["asleep"] = await refusal(engine, manifest)
+    errors["asleep"] = await refusal(engine, manifest)
     await engine.wake_up([])
-    found["awake"] = await refusal(engine, manifest)
-    report.write_text(json.dumps(found))
+    errors["awake"] = await refusal(engine, manifest)
+    report.write_text(json.dumps(errors))
     engine.shutdown()
 
 

@@ -1,4 +1,4 @@
-"""Engines that cannot take weights as they are say so, and why."""
+"""Engines that cannot take weights as they are refuse them by name, with the reason."""
 
 import json
 import os
@@ -26,10 +26,10 @@ def test_lora_and_sleep_are_refused_by_name(tmp_path: Path) -> None:
         timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert "enable_lora" in found["lora"]
-    assert "engine 0 sleeps" in found["asleep"] and "wake_up" in found["asleep"]
-    assert found["awake"] == found["lora"]
+    errors = json.loads((tmp_path / "report.json").read_text())
+    assert "enable_lora" in errors["lora"]
+    assert "engine 0 sleeps" in errors["asleep"] and "wake_up" in errors["asleep"]
+    assert errors["awake"] == errors["lora"]
 
 
 def test_expert_load_balancing_is_refused_by_name() -> None:

@@ -3,20 +3,32 @@
 lora_sharded.py MODEL_FOLDER REPORT.json LORA_RANK      (0: engines without LoRA)
 """
 
-import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from adapters import adapted
 from lora import distance
 from models import build
-from oracle import said
+from oracle import error_text
 from torch import distributed as dist
 
 import rollcast.rollout as rollcast
 from rollcast.launch.grpo.parallel import Trainers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharded:
+    """What rank 0 sees of two syncs, and of a third in which the ranks disagree."""
+
+    distances: list[float]
+    """Of the engine's log-probabilities, from those of the synced model, after each sync."""
+    distances_from_base: list[float]
+    scaling_problem: str
+    """Error where rank 1 has another LoRA scaling; empty without LoRA in the engines."""
 
 
 def main() -> None:
@@ -36,19 +48,21 @@ def main() -> None:
         base, plain = build("untied"), adapted()
         sharded: Any = group.share(adapted(), "fsdp2")
         broadcaster = job.broadcaster(sharded)
-        found: dict[str, Any] = {"distances": [], "apart": []}
+        after_sync: list[float] = []
+        from_base: list[float] = []
         for version in (1, 2):
             for model in (plain, sharded):
                 change(model, seed=version)
             broadcaster.sync(version=version, verify="full")
-            found["distances"].append(distance(job, plain))
-            found["apart"].append(distance(job, base))
+            after_sync.append(distance(job, plain))
+            from_base.append(distance(job, base))
             dist.barrier()
         if job.trainer_rank == 1:
             sharded.base_model.model.model.layers[0].self_attn.q_proj.set_scale("default", 7.0)
-        found["scaling"] = said(lambda: broadcaster.sync(version=3)) if rank else ""
+        problem = error_text(lambda: broadcaster.sync(version=3)) if rank else ""
         if job.trainer_rank == 0:
-            report.write_text(json.dumps(found))
+            facts = Sharded(distances=after_sync, distances_from_base=from_base, scaling_problem=problem)
+            report.write_bytes(msgspec.json.encode(facts))
         dist.barrier()
         group.close()
 

@@ -1,9 +1,11 @@
 """Deterministic engines: the same calls in the same order give the same tokens; nothing waits for ever."""
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import msgspec
 import pytest
+from deterministic import Run
 from models import build
 from torchrun import run_facts_of_trainers
 
@@ -15,55 +17,75 @@ from rollcast.rollout.pool.router import Router
 vllm = pytest.mark.vllm
 
 
-def run(folder: Path) -> list[dict[str, Any]]:
-    """What each trainer rank has found. Their batches meet in the engine, in whatever order."""
-    build("untied").save_pretrained(folder / "model")
-    return run_facts_of_trainers("deterministic.py", folder, trainers=2, ranks=4, timeout_s=250)
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a trainer rank writes: its run, and the error of a call after the job."""
+
+    run: Run
+    closed: str
+
+
+def run_job_twice(folders: pytest.TempPathFactory) -> Iterator[list[Report]]:
+    """Reports by trainer rank. Their batches meet in the engine, in whatever order."""
+    for _ in range(2):
+        folder = folders.mktemp("run")
+        build("untied").save_pretrained(folder / "model")
+        reports = run_facts_of_trainers("deterministic.py", folder, trainers=2, ranks=4, timeout_s=250)
+        yield [msgspec.convert(report, Report) for report in reports]
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    return [run(tmp_path_factory.mktemp("run")) for _ in range(2)]
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[list[Report]]:
+    return [*run_job_twice(tmp_path_factory)]
 
 
 @pytest.fixture(params=[0, 1], ids=["rank 0", "rank 1"])
-def runs(both: list[list[dict[str, Any]]], request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return [found[request.param] for found in both]
+def runs(both: list[list[Report]], request: pytest.FixtureRequest) -> list[Run]:
+    """Of one rank, in both jobs."""
+    return [reports[request.param].run for reports in both]
 
 
 @vllm
 @pytest.mark.timeout(600)
-def test_two_runs_draw_the_same_tokens(runs: list[dict[str, Any]]) -> None:
+def test_two_runs_draw_the_same_tokens(runs: list[Run]) -> None:
     one, other = runs
-    for name in ("tokens", "streamed", "seeded", "drawn"):
-        assert one[name] == other[name], name
+    assert one.tokens == other.tokens
+    assert one.streamed == other.streamed
+    assert one.seeded == other.seeded
+    assert one.drawn == other.drawn
 
 
 @vllm
-def test_trainer_ranks_draw_different_ones(both: list[list[dict[str, Any]]]) -> None:
+def test_trainer_ranks_draw_different_ones(both: list[list[Report]]) -> None:
     (first, second), _ = both
-    assert first["tokens"] != second["tokens"] and first["seeded"] == second["seeded"]
+    assert first.run.tokens != second.run.tokens and first.run.seeded == second.run.seeded
 
 
 @vllm
-def test_requests_of_one_run_draw_different_ones_unless_they_are_seeded(runs: list[dict[str, Any]]) -> None:
-    for found in runs:
-        assert found["seeded"][0] == found["seeded"][1]
-        assert found["drawn"][0] != found["drawn"][1] != found["tokens"]
-        assert all(one != other for one, other in found["tokens"])
+def test_requests_of_one_run_draw_different_ones_unless_they_are_seeded(runs: list[Run]) -> None:
+    for run in runs:
+        assert run.seeded[0] == run.seeded[1]
+        assert run.drawn[0] != run.drawn[1] != run.tokens
+        assert all(one != other for one, other in run.tokens)
 
 
 @vllm
-def test_what_waits_for_its_turn_can_be_aborted(runs: list[dict[str, Any]]) -> None:
-    for found in runs:
-        assert found["aborted"] == ["abort"] * 3
-        assert len(found["streamed"]) == 900
+def test_what_waits_for_its_turn_can_be_aborted(runs: list[Run]) -> None:
+    for run in runs:
+        assert run.aborted == ["abort"] * 3
+        assert len(run.streamed) == 900
 
 
 @vllm
-def test_mistakes_leave_nothing_behind_that_others_wait_for(runs: list[dict[str, Any]]) -> None:
-    assert runs[0]["mistake"].startswith("ValueError: request 'a' is under way")
-    assert runs[0]["async"].startswith("ValueError: deterministic engines need on_policy()")
+def test_mistakes_leave_nothing_behind_that_others_wait_for(runs: list[Run]) -> None:
+    assert runs[0].mistake.startswith("ValueError: request 'a' is under way")
+    assert runs[0].async_mode.startswith("ValueError: deterministic engines need on_policy()")
+
+
+@vllm
+def test_the_pool_is_closed_when_the_job_is_over(both: list[list[Report]]) -> None:
+    for reports in both:
+        assert all(report.closed.startswith("EngineError: the pool is closed") for report in reports)
 
 
 def test_seeds_hang_on_seed_and_rank_and_are_the_users_first() -> None:

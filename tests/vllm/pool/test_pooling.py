@@ -1,122 +1,225 @@
-"""Single requests: streams, priorities, ids, conversations, prompts' own log-probabilities; where prompts go."""
+"""Single requests: streams, priorities, ids, conversations, prompts' own log-probabilities."""
 
-import random
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from models import build
-from torchrun import run_facts
+import torch
+from jobs import SharedJob
+from oracle import distances, error_text, greedy_tokens
+from shapes import KV_BLOCK_TOKENS
+from trainer import Trainer
 
-from rollcast.rollout.pool.router import BLOCK_TOKENS, Router
+from rollcast.rollout import Completion, Pool, Sampling
 
-LONG = 300
-KV_BLOCK_TOKENS = 32
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
-
-@pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("pooling")
-    build("untied").save_pretrained(folder / "model")
-    return run_facts("pooling.py", folder, ranks=3, timeout_s=250)
-
-
-def vllm(test: Any) -> Any:
-    return pytest.mark.vllm(pytest.mark.timeout(300)(test))
+LENGTH = 300
+STEP_S = 0.01
+ATTEMPTS = 8
+GREEDY = Sampling(temperature=0.0, max_tokens=40, ignore_eos=True)
+QUEUED_LENGTH = 100
+ENDLESS = Sampling(max_tokens=LENGTH, ignore_eos=True)
+PROMPT = [5, 6, 7]
 
 
-@vllm
-def test_a_stream_is_the_completion_piece_by_piece(facts: dict[str, Any]) -> None:
-    pieces = facts["streamed"]
+@pytest.fixture
+def trainer(two_engines: SharedJob) -> Trainer:
+    two_engines.trainer.pace(STEP_S)
+    return two_engines.trainer
+
+
+@pytest.fixture
+def pool(trainer: Trainer) -> Pool:
+    return trainer.pool
+
+
+@dataclass(frozen=True)
+class StreamPiece:
+    """One piece of a stream, without its log-probabilities."""
+
+    tokens: list[int]
+    logprobs: int
+    versions: list[int]
+    starts: list[int]
+    finish_reason: str | None
+
+
+async def read_stream(pool: Pool, prompt: list[int], sampling: Sampling) -> list[StreamPiece]:
+    return [
+        StreamPiece(
+            piece.token_ids,
+            len(piece.logprobs),
+            [version for version, _ in piece.spans],
+            [start for _, start in piece.spans],
+            piece.finish_reason,
+        )
+        async for piece in pool.stream(prompt, sampling)
+    ]
+
+
+def until(act: Callable[[], Any], met: Callable[[Any], bool]) -> Any:
+    """What `act` returns, again if it came too late for what it was to meet: a busy machine may stop this process."""
+    result = act()
+    for _ in range(ATTEMPTS):
+        if met(result):
+            break
+        result = act()
+    return result
+
+
+def in_flight(pool: Pool) -> int:
+    return sum(engine.requests for engine in pool.describe())
+
+
+def left_in_flight(pool: Pool) -> int:
+    """Requests in flight when that does not change any more, or after a while."""
+    end = time.monotonic() + 10.0
+    while in_flight(pool) and time.monotonic() < end:
+        time.sleep(0.05)
+    return in_flight(pool)
+
+
+def wait_for_start(pool: Pool, count: int) -> None:
+    """Wait until so many requests are in flight, and a little; no longer than they take."""
+    end = time.monotonic() + LENGTH * STEP_S
+    while in_flight(pool) < count and time.monotonic() < end:
+        time.sleep(0.005)
+    time.sleep(0.1)
+
+
+def test_a_stream_is_the_completion_piece_by_piece(trainer: Trainer) -> None:
+    pieces = asyncio.run(read_stream(trainer.pool, PROMPT, GREEDY))
     assert len(pieces) > 5
-    assert [token for tokens, *_ in pieces for token in tokens] == facts["greedy"]
-    assert all(len(tokens) == logprobs and spans == [[0, 0]] for tokens, logprobs, spans, _ in pieces)
-    assert [reason for *_, reason in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    assert [token for piece in pieces for token in piece.tokens] == greedy_tokens(trainer.model, PROMPT, 40)
+    for piece in pieces:
+        assert (len(piece.tokens), piece.versions, piece.starts) == (piece.logprobs, [trainer.version], [0])
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
 
 
-@vllm
-def test_a_stream_that_is_left_is_over(facts: dict[str, Any]) -> None:
-    assert facts["left"] == [1, 0]
+def test_a_stream_that_is_left_is_over(pool: Pool) -> None:
+    async def leave_early() -> int:
+        stream = pool.stream(PROMPT, ENDLESS)
+        await anext(stream)
+        before = in_flight(pool)
+        await stream.aclose()
+        return before
+
+    assert asyncio.run(leave_early()) == 1
+    assert left_in_flight(pool) == 0
 
 
-@vllm
-def test_a_sync_cuts_a_stream_once(facts: dict[str, Any]) -> None:
-    versions = [span[0] for _, _, spans, _ in facts["synced"] for span in spans]
+def test_a_sync_cuts_a_stream_once(trainer: Trainer) -> None:
+    def sync_while_streaming() -> list[StreamPiece]:
+        pieces: list[StreamPiece] = []
+        thread = threading.Thread(target=lambda: pieces.extend(asyncio.run(read_stream(trainer.pool, PROMPT, ENDLESS))))
+        thread.start()
+        wait_for_start(trainer.pool, 1)
+        trainer.update()
+        thread.join()
+        return pieces
+
+    pieces = until(sync_while_streaming, lambda pieces: pieces[0].versions != pieces[-1].versions)
+    versions = [version for piece in pieces for version in piece.versions]
     assert versions == sorted(versions) and len(set(versions)) == 2
-    assert sum(len(tokens) for tokens, *_ in facts["synced"]) == LONG
+    assert sum(len(piece.tokens) for piece in pieces) == LENGTH
 
 
-@vllm
-def test_samples_that_waited_in_the_engine_do_not_find_old_keys(facts: dict[str, Any]) -> None:
-    newest = facts["queued"][-1][0]
+def test_samples_that_waited_in_the_engine_do_not_find_old_keys(trainer: Trainer) -> None:
+    """More samples of one long prompt than run at a time, which a sync meets."""
+    prompt = [3 + place % 30 for place in range(80)]
+
+    def sync_while_some_wait() -> list[Completion]:
+        running = trainer.pool.submit(prompt, Sampling(max_tokens=QUEUED_LENGTH, ignore_eos=True, n=16))
+        wait_for_start(trainer.pool, 1)
+        trainer.update()
+        return running.result()
+
+    samples = until(sync_while_some_wait, lambda samples: samples[0].versions != samples[-1].versions)
+    newest = samples[-1].versions
     assert len(newest) == 1
-    late = [distance for versions, distance in facts["queued"] if versions == newest]
-    assert len(late) >= 4 and max(late) < 1e-4, facts["queued"]
+    late = [distances(trainer.model, prompt, sample).max().item() for sample in samples if sample.versions == newest]
+    assert len(late) >= 4 and max(late) < 1e-4
 
 
-@vllm
-def test_prompts_have_the_log_probabilities_of_transformers(facts: dict[str, Any]) -> None:
-    assert len(facts["prompt"]) == 3 and max(facts["prompt"]) < 1e-4
+def test_prompts_have_the_log_probabilities_of_transformers(trainer: Trainer) -> None:
+    prompt = [5, 6, 7, 9, 11, 4, 3, 2, 8]
+    sampling = Sampling(max_tokens=3, n=3, ignore_eos=True, prompt_logprobs=True)
+    (samples,) = trainer.pool.generate([prompt], sampling)
+    with torch.no_grad():
+        logprobs = trainer.model(torch.tensor([prompt])).logits.log_softmax(-1)[0]
+    expected = logprobs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    assert len(samples) == 3
+    for sample in samples:
+        first, *rest = sample.prompt_logprobs or []
+        assert first is None
+        assert (torch.tensor(rest) - expected).abs().max().item() < 1e-4
 
 
-@vllm
-def test_requests_end_by_id_or_all_with_what_they_have(facts: dict[str, Any]) -> None:
-    (one,), (other,), several = facts["aborted"]
-    assert other == [LONG, LONG, "length"]
-    for tokens, logprobs, reason in (one, *several):
-        assert 0 <= tokens == logprobs < LONG and reason == "abort"
-    assert len(several) == 6 and one[0] > 0
-    assert facts["twice"].startswith("ValueError: request 'a' is under way") and facts["twice"].endswith("0 under way")
+def test_requests_end_by_id_or_all_with_what_they_have(pool: Pool) -> None:
+    def end_some() -> tuple[Completion, Completion, list[Completion]]:
+        by_id, untouched = (pool.submit(PROMPT, ENDLESS, request_id=name) for name in ("one", "other"))
+        wait_for_start(pool, 2)
+        pool.abort(["one", "nobody"])
+        (ended,), (whole,) = by_id.result(30.0), untouched.result(60.0)
+        several = pool.submit(PROMPT, Sampling(max_tokens=LENGTH, ignore_eos=True, n=6))
+        wait_for_start(pool, 1)
+        pool.abort()
+        return ended, whole, several.result(30.0)
+
+    ended, whole, several = until(end_some, lambda result: result[0].finish_reason == "abort")
+    assert (len(whole.token_ids), len(whole.logprobs), whole.finish_reason) == (LENGTH, LENGTH, "length")
+    for sample in (ended, *several):
+        assert 0 <= len(sample.token_ids) == len(sample.logprobs) < LENGTH and sample.finish_reason == "abort"
+    assert len(several) == 6 and ended.token_ids
 
 
-@vllm
-def test_urgent_requests_overtake_those_that_wait(facts: dict[str, Any]) -> None:
-    order = facts["priorities"]
+def test_an_id_is_in_use_until_its_request_ends(pool: Pool) -> None:
+    problem = error_text(lambda: [pool.submit([1], ENDLESS, request_id="a") for _ in range(2)])
+    assert problem.startswith("ValueError: request 'a' is under way")
+    pool.abort()
+    assert left_in_flight(pool) == 0
+
+
+def test_urgent_requests_overtake_those_that_wait(pool: Pool) -> None:
+    """More than the engines run at a time, the last of them urgent."""
+    order: list[str] = []
+    lock = threading.Lock()
+
+    def note(name: str) -> Callable[[Any], None]:
+        def done(_: Any) -> None:
+            with lock:
+                order.append(name)
+
+        return done
+
+    sampling = Sampling(max_tokens=100, ignore_eos=True)
+    futures = []
+    for index in range(24):
+        name, priority = ("urgent", -1) if index >= 22 else ("patient", 0)
+        futures.append(pool.submit([*PROMPT, index], sampling, priority=priority))
+        futures[-1].add_done_callback(note(name))
+    for future in futures:
+        future.result(120.0)
+    # A callback may run after the result is there.
+    end = time.monotonic() + 10.0
+    while len(order) < 24 and time.monotonic() < end:
+        time.sleep(0.01)
     assert len(order) == 24 and order.count("urgent") == 2
     assert max(place for place, name in enumerate(order) if name == "urgent") < 18
 
 
-@vllm
-def test_a_conversation_goes_on_where_its_prefix_is_cached(facts: dict[str, Any]) -> None:
-    for tokens, cached in facts["conversation"][2:]:
-        # All of the turn before but its last, unfinished block, and the new words.
-        assert cached >= tokens - 3 - 2 * KV_BLOCK_TOKENS, facts["conversation"]
-
-
-def test_prompts_go_where_least_is_to_do() -> None:
-    router = Router(3)
-    for index in range(30):
-        router.start([index], tokens=9)
-    assert router.loads == (100, 100, 100)
-    for engine in (1, 1, 1):
-        router.end(engine, [0], tokens=9)
-    assert [router.start([99], tokens=9) for _ in range(3)] == [1, 1, 1]
-
-
-def test_a_holder_of_the_prefix_is_preferred_until_it_is_far_behind() -> None:
-    router, talk = Router(2), list(range(3 * BLOCK_TOKENS))
-    first = router.start(talk, tokens=10)
-    assert first == 0
-    router.hold([*talk, *range(100, 140)], first)
-    assert router.start([*talk, *range(100, 120)], tokens=10) == 0
-    assert router.start([7] * 8, tokens=10) == 1
-    went = [router.start(talk, tokens=1000) for _ in range(10)]
-    assert set(went) == {0, 1} and abs(router.loads[0] - router.loads[1]) < 2200
-
-
-def test_pools_of_several_ranks_do_not_all_begin_with_one_engine() -> None:
-    assert [Router(4, first=rank).start([1], tokens=1) for rank in range(4)] == [0, 1, 2, 3]
-
-
-def test_loads_come_back_to_nothing() -> None:
-    rng, router = random.Random(3), Router(4)
-    running: list[Any] = []
-    for _ in range(500):
-        if running and rng.random() < 0.45:
-            router.end(*running.pop(rng.randrange(len(running)))[:2], tokens=5)
-        else:
-            prompt = [rng.randrange(3) for _ in range(rng.randrange(1, 60))]
-            running.append((router.start(prompt, tokens=5), prompt))
-        assert min(router.loads) >= 0
-    for engine, prompt in running:
-        router.end(engine, prompt, tokens=5)
-    assert router.loads == (0, 0, 0, 0)
+def test_a_conversation_goes_on_where_its_prefix_is_cached(pool: Pool) -> None:
+    """Two conversations of three turns. In between others come: only the prefix shows where a conversation was."""
+    conversations = [[start + place % 7 for place in range(40)] for start in (3, 30)]
+    for turn in range(3):
+        groups = pool.generate(conversations, Sampling(max_tokens=32, ignore_eos=True))
+        for conversation, (sample,) in zip(conversations, groups, strict=True):
+            # All of the turn before but its last, unfinished block, and the new tokens.
+            assert turn == 0 or sample.cached_tokens >= len(conversation) - 3 - 2 * KV_BLOCK_TOKENS, turn
+            conversation += [*sample.token_ids, 1, 2, 3]
+        pool.generate([[40, number] for number in range(3)], Sampling(max_tokens=4))

@@ -1,20 +1,47 @@
-"""Sync twice, save what was sent, and tell what the engines hold (run by torchrun).
+"""Sync twice, save what was sent, and report what the engines hold (every trainer rank).
 
 exact.py ARCHITECTURE MODEL_FOLDER SAVE_FOLDER REPORT.json TRAINERS TENSOR_PARALLEL_SIZE CPU_WEIGHTS TRANSPORT
+
+Run by torchrun for the architectures that have no shared job, and on GPUs.
 """
 
-import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import msgspec
 from architectures import build
 from models import PROMPTS, perturb
+from oracle import greedy_tokens
+from shapes import MODELS
 from torch import distributed as dist
+from trainer import Trainer
 
 import rollcast.rollout as rollcast
 from rollcast.launch.grpo.parallel import Trainers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synced:
+    """What a trainer rank sees after two syncs."""
+
+    before: list[list[dict[str, str]]]
+    """Fingerprints before the syncs."""
+    fingerprints: list[list[dict[str, str]]]
+    tokens: list[list[int]]
+    """Greedy completions of `models.PROMPTS`."""
+    token_versions: list[list[int]]
+    expected: list[list[int]]
+    """Transformers' greedy tokens."""
+    version: int
+    """Of the second sync."""
+    states: list[tuple[int, str | None]]
+    """Version and refusal by engine."""
+    workers: int
+    """How many the sync's report names."""
 
 
 def main() -> None:
@@ -38,42 +65,45 @@ def main() -> None:
         if not job.is_trainer:
             return
         group = Trainers(rank=job.trainer_rank, size=trainers, device=config.resolved_device())
-        plain = build(name, seed=0)
-        sharded = group.share(build(name, seed=0).to(group.device), "fsdp2")
-        broadcaster = job.broadcaster(sharded)
-        before = job.pool.fingerprints()
-        broadcaster.self_test()
-        for version in (1, 2):
-            perturb(sharded, seed=version)
-            perturb(plain, seed=version)
-            mode, verify = (("in_place", "full"), ("shadow", "none"))[version - 1]
-            sync = broadcaster.sync(version=version, mode=mode, verify=verify)
-        greedy = job.pool.generate(PROMPTS, rollcast.Sampling(temperature=0.0, max_tokens=12, ignore_eos=True))
+        synced = sync_twice(job, group, partial(build, name, seed=0), save)
         if job.trainer_rank == 0:
-            plain.save_pretrained(save)
-            plain.to(group.device)
-            expected = [greedy_tokens(plain, prompt, 12) for prompt in PROMPTS]
-            facts = {
-                "before": before,
-                "fingerprints": job.pool.fingerprints(),
-                "tokens": [samples[0].token_ids for samples in greedy],
-                "versions": [samples[0].versions for samples in greedy],
-                "expected": expected,
-                "describe": [[state.version, state.refusal] for state in job.pool.describe()],
-                "sync": sync.to_dict(),
-            }
-            report.write_text(json.dumps(facts))
+            report.write_bytes(msgspec.json.encode(synced))
         if trainers > 1:
             dist.barrier()
         group.close()
 
 
-def greedy_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
-    """Greedy continuation by full forward passes of transformers: no cache, no sampler."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(int(model(torch.tensor([tokens], device=model.device)).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+def sync_twice_shared(trainer: Trainer, model: str, save: Path) -> Synced:
+    """The same in a job that tests share, with a model of `shapes.MODELS`. Collective."""
+    return sync_twice(trainer.job, trainer.group, MODELS[model], save)
+
+
+def sync_twice(job: rollcast.Job, group: Trainers, build_model: Callable[[], Any], save: Path) -> Synced:
+    """Sync a sharded model twice; rank 0 saves it. Collective."""
+    plain = build_model()
+    sharded = group.share(build_model().to(group.device), "fsdp2")
+    broadcaster = job.broadcaster(sharded)
+    before = job.pool.fingerprints()
+    report = broadcaster.self_test()
+    for seed in (1, 2):
+        perturb(sharded, seed=seed)
+        perturb(plain, seed=seed)
+        mode, verify = (("in_place", "full"), ("shadow", "none"))[seed - 1]
+        report = broadcaster.sync(version=broadcaster.version + 1, mode=mode, verify=verify)
+    greedy = job.pool.generate(PROMPTS, rollcast.Sampling(temperature=0.0, max_tokens=12, ignore_eos=True))
+    if job.trainer_rank == 0:
+        plain.save_pretrained(save)
+    plain.to(group.device)
+    return Synced(
+        before=before,
+        fingerprints=job.pool.fingerprints(),
+        tokens=[samples[0].token_ids for samples in greedy],
+        token_versions=[[*samples[0].versions] for samples in greedy],
+        expected=[greedy_tokens(plain, prompt, 12) for prompt in PROMPTS],
+        version=report.version,
+        states=[(state.version, state.refusal) for state in job.pool.describe()],
+        workers=len(report.workers),
+    )
 
 
 if __name__ == "__main__":

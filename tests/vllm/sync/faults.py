@@ -1,93 +1,96 @@
-"""Syncs that fail: a worker that raises, then one that is killed or hangs for ever (run by torchrun).
-
-faults.py MODEL_FOLDER kill|hang TIMEOUT_S      (2 trainers, 1 engine)
-"""
+"""Syncs that fail while workers raise, hang or are killed, with the model sharded (every trainer rank)."""
 
 import os
 import signal
-import sys
 import threading
 import time
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 from models import build, perturb
-from torch import distributed as dist
+from states import sync_problem
+from trainer import Trainer, fault_file
 
 import rollcast.rollout as rollcast
-from rollcast.launch.grpo.parallel import Trainers
-
-FAULT = Path(os.environ["FAULT_FILE"])
 
 
-def main() -> None:
-    folder, ending, timeout_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
-    config = rollcast.RolloutConfig(
-        model=folder,
-        trainers=2,
-        enforce_eager=True,
-        sync_timeout_s=timeout_s,
-        worker_extension_cls="faulty.FaultyWorker",
-        log_dir=folder,
-    )
-    with rollcast.join(config) as job:
-        if not job.is_trainer:
-            return
-        group = Trainers(rank=job.trainer_rank, size=2, device="cpu")
-        model = group.share(build("tied"), "fsdp2")
-        broadcaster = job.broadcaster(model)
-        broadcaster.sync(version=1)
-        dist.barrier()
-        if ending == "kill":
-            survive_a_raise(job, broadcaster, model)
-        set_fault(job, "hang")
-        if ending == "kill" and job.trainer_rank == 0:
-            threading.Thread(target=kill_worker, daemon=True).start()
-        start = time.monotonic()
-        try:
-            broadcaster.sync(version=9)
-        except rollcast.SyncError as error:
-            tell(job, f"raised after {time.monotonic() - start:.1f} s: {error}")
-            raise
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """How a sync failed on this rank."""
+
+    problem: str
+    after_s: float
 
 
-def survive_a_raise(job: rollcast.Job, broadcaster: rollcast.PoolBroadcaster, model: object) -> None:
-    """A failed sync is an error on every rank, the engine refuses to serve, and the next sync mends it."""
-    set_fault(job, "raise")
-    perturb(model, seed=1)  # type: ignore[arg-type]
+@dataclass(frozen=True, kw_only=True)
+class Survived:
+    """A sync that failed, and what came after it."""
+
+    failure: Failure
+    refusal: str
+    """What a request heard then."""
+    version: int
+    """Of the next sync."""
+    served: tuple[int, ...]
+    """Versions of a completion after that."""
+
+
+def open_sharded(trainer: Trainer, **settings: Any) -> rollcast.PoolBroadcaster:
+    """A broadcaster of a model that is sharded over the trainers, after its first sync. Collective."""
+    model = trainer.group.share(build("tied"), "fsdp2")
+    broadcaster = trainer.open_broadcaster(model, **settings)
+    trainer.sync()
+    perturb(model, seed=1)
+    return broadcaster
+
+
+def fail_sync(trainer: Trainer) -> Failure:
     start = time.monotonic()
+    problem = sync_problem(trainer.sync)
+    return Failure(problem=problem, after_s=time.monotonic() - start)
+
+
+def set_fault(trainer: Trainer, fault: str) -> None:
+    trainer.barrier()
+    trainer.set_fault(fault)
+    trainer.barrier()
+
+
+def survive_a_raise(trainer: Trainer) -> Survived:
+    """A failed sync is an error on every rank, the engine refuses to serve, and the next sync succeeds."""
+    open_sharded(trainer)
+    set_fault(trainer, "raise")
+    failure = fail_sync(trainer)
+    trainer.barrier()
+    refusal = ""
     try:
-        broadcaster.sync(version=2)
-    except rollcast.SyncError as error:
-        tell(job, f"first failure after {time.monotonic() - start:.1f} s: {error}")
-    dist.barrier()
-    try:
-        job.pool.generate([[5, 6]], rollcast.Sampling(max_tokens=2))
+        trainer.pool.generate([[5, 6]], rollcast.Sampling(max_tokens=2))
     except rollcast.EngineError as error:
-        tell(job, f"refused: {error}")
-    set_fault(job, "")
-    report = broadcaster.sync(version=3)
-    (samples,) = job.pool.generate([[5, 6]], rollcast.Sampling(max_tokens=2))
-    tell(job, f"mended: version {report.version}, completion of versions {samples[0].versions}")
-    dist.barrier()
+        refusal = str(error)
+    set_fault(trainer, "")
+    report = trainer.sync()
+    (samples,) = trainer.pool.generate([[5, 6]], rollcast.Sampling(max_tokens=2))
+    return Survived(failure=failure, refusal=refusal, version=report.version, served=tuple(samples[0].versions))
 
 
-def set_fault(job: rollcast.Job, fault: str) -> None:
-    dist.barrier()
-    if job.trainer_rank == 0:
-        FAULT.write_text(fault)
-    dist.barrier()
+def meet_a_hang(trainer: Trainer, timeout_s: float) -> Failure:
+    """A worker hangs for ever."""
+    open_sharded(trainer, sync_timeout_s=timeout_s)
+    set_fault(trainer, "hang")
+    return fail_sync(trainer)
+
+
+def meet_a_kill(trainer: Trainer) -> Failure:
+    """A worker is killed in the middle of a sync."""
+    open_sharded(trainer)
+    set_fault(trainer, "hang")
+    if trainer.rank == 0:
+        threading.Thread(target=kill_worker, daemon=True).start()
+    return fail_sync(trainer)
 
 
 def kill_worker() -> None:
-    while not FAULT.read_text().startswith("pid"):
+    while not fault_file().read_text().startswith("pid"):
         time.sleep(0.05)
     time.sleep(0.5)
-    os.kill(int(FAULT.read_text().split()[1]), signal.SIGKILL)
-
-
-def tell(job: rollcast.Job, text: str) -> None:
-    print(f"<{job.trainer_rank}> {text}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    os.kill(int(fault_file().read_text().split()[1]), signal.SIGKILL)

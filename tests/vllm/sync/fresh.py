@@ -1,13 +1,24 @@
-"""Load a checkpoint from disk with vLLM alone; tell what the engine holds and generates (a plain process).
+"""Load a checkpoint from disk with vLLM alone; report what the engine holds and generates (a plain process).
 
 fresh.py MODEL_FOLDER REPORT.json TENSOR_PARALLEL_SIZE
 """
 
-import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from models import PROMPTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fresh:
+    """What a fresh engine holds and generates."""
+
+    workers: list[dict[str, str]]
+    """Fingerprints by worker."""
+    tokens: list[list[int]]
+    """Greedy completions of `models.PROMPTS`."""
 
 
 def main() -> None:
@@ -27,7 +38,7 @@ def main() -> None:
     greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], greedy, use_tqdm=False)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    Path(sys.argv[2]).write_text(json.dumps({"workers": workers, "tokens": tokens}))
+    Path(sys.argv[2]).write_bytes(msgspec.json.encode(Fresh(workers=workers, tokens=tokens)))
 
 
 if __name__ == "__main__":

@@ -1,124 +1,124 @@
-"""Syncs while requests are in flight, in every pause mode; two broadcasters; a closed pool (run by torchrun).
-
-in_flight.py MODEL_FOLDER REPORT.json TRAINERS TENSOR_PARALLEL_SIZE
-
-Every trainer rank has requests of its own, named alike, and writes a report of its own.
-"""
+"""Requests that a sync meets half way, and refusals (every trainer rank, each with requests of its own)."""
 
 import copy
-import json
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from models import build, perturb
-from oracle import distances, said
+from oracle import distances, error_text
+from trainer import Trainer
 
 import rollcast.rollout as rollcast
 
-LENGTH = 400
+LENGTH = 200
 STEP_S = 0.005
-WAYS = (
-    ("in_place", "keep", "kept"),
-    ("in_place", "wait", "kept"),
-    ("in_place", "abort", "kept"),
-    ("shadow", "keep", "kept"),
-    ("in_place", "keep", "recomputed"),
-    ("shadow", "abort", "kept"),
-)
 PROMPTS = [[5, 6, 7], [9, 8, 3], [4, 4, 4]]
+# The same on every rank.
 NAMES = ["a", "b", "c"]
 
 
-def main() -> None:
-    folder, report, trainers, size = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
-    config = rollcast.RolloutConfig(
-        model=folder,
-        trainers=trainers,
-        tensor_parallel_size=size,
-        enforce_eager=True,
-        log_dir=folder,
-        worker_extension_cls="slow_worker.SlowWorker",
-    )
-    facts: dict[str, Any] = {}
-    with rollcast.join(config) as job:
-        if not job.is_trainer:
-            return
-        model = build("untied")
-        broadcaster = job.broadcaster(model)
-        # Later syncs are soon over, and requests are not.
-        broadcaster.self_test()
-        if job.trainer_rank == 0:
-            job.pool.call_workers("slow_down", STEP_S)
-        with ThreadPoolExecutor(1) as threads:
-            for version, way in enumerate(WAYS, start=1):
-                facts[" ".join(way)] = in_flight(job, broadcaster, model, threads, version=version, way=way)
-        # The prompts of above are in the prefix cache with keys of older weights.
-        facts["after"] = [after_switch(job, model, prompt) for prompt in PROMPTS]
-        newer = job.broadcaster(model)
-        facts["replaced"] = said(lambda: broadcaster.sync(version=9))
-        facts["not newer"] = said(lambda: newer.sync(version=6))
-        facts["unknown mode"] = said(lambda: newer.sync(version=7, pause_mode="never"))
-        facts["newer"] = newer.sync(version=7).version
-        facts["long prompt"] = said(lambda: job.pool.generate([[1], [2] * 1024], rollcast.Sampling()))
-    facts["closed"] = said(lambda: job.pool.generate([[1]], rollcast.Sampling()))
-    Path(f"{report}.{job.trainer_rank}").write_text(json.dumps(facts))
+@dataclass(frozen=True, kw_only=True)
+class AroundCut:
+    """Distances of a sample's log-probabilities from those of the old and of the new weights."""
+
+    old_before: float
+    """Largest, from the old weights', of the tokens before the cut."""
+    old_behind: float
+    """From the old weights', of the token right behind it."""
+    new_behind: float
+    """Largest, from the new weights' in one pass over all tokens, of those behind."""
 
 
-def in_flight(
-    job: rollcast.Job,
-    broadcaster: rollcast.PoolBroadcaster,
-    model: torch.nn.Module,
-    threads: ThreadPoolExecutor,
-    *,
-    version: int,
-    way: tuple[str, str, str],
-) -> list[list[Any]]:
-    """What becomes of long requests that a sync meets half way; one batch after the other until it is over."""
-    synced, old = threading.Event(), copy.deepcopy(model)
-    running = threads.submit(generate, job, synced)
-    # They have arrived by then, and are far from done on any machine.
-    time.sleep(0.3)
-    perturb(model, seed=version)
-    mode, pause_mode, kv_cache = way
-    broadcaster.sync(version=version, mode=mode, pause_mode=pause_mode, kv_cache=kv_cache)
-    synced.set()
-    return [
-        [len(its.token_ids), len(its.logprobs), its.finish_reason, its.spans, *around_cut(old, model, prompt, its)]
-        for prompt, its in running.result()
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A completion that was in flight when a sync came, or that was made soon after."""
+
+    tokens: int
+    logprobs: int
+    finish_reason: str | None
+    versions: list[int]
+    cut: AroundCut | None
+    """None if it has tokens of one version only."""
 
 
-def generate(job: rollcast.Job, synced: threading.Event) -> list[tuple[list[int], rollcast.Completion]]:
+@dataclass(frozen=True, kw_only=True)
+class Refusals:
+    """What calls raise that cannot work."""
+
+    replaced: str
+    not_newer: str
+    unknown_mode: str
+    newer_version: int
+    long_prompt: str
+
+
+def sync_in_flight(trainer: Trainer, options: dict[str, str]) -> list[Sample]:
+    """Long requests that a sync meets half way, one batch after the other until it is over. Collective."""
+    trainer.pace(STEP_S)
+    trainer.barrier()
+    synced, old = threading.Event(), copy.deepcopy(trainer.model)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(generate_until, trainer.pool, synced)
+        try:
+            # They have arrived by then, and are far from done on any machine.
+            time.sleep(0.3)
+            trainer.update(**options)
+        finally:
+            synced.set()
+        return [
+            Sample(
+                tokens=len(sample.token_ids),
+                logprobs=len(sample.logprobs),
+                finish_reason=sample.finish_reason,
+                versions=[version for version, _ in sample.spans],
+                cut=around_cut(old, trainer.model, prompt, sample),
+            )
+            for prompt, sample in running.result()
+        ]
+
+
+def generate_until(pool: rollcast.Pool, synced: threading.Event) -> list[tuple[list[int], rollcast.Completion]]:
     sampling = rollcast.Sampling(max_tokens=LENGTH, ignore_eos=True, n=4)
     pairs: list[tuple[list[int], rollcast.Completion]] = []
     while not pairs or not synced.is_set():
-        groups = job.pool.generate(PROMPTS, sampling, request_ids=NAMES)
+        groups = pool.generate(PROMPTS, sampling, request_ids=NAMES)
         pairs += [(prompt, sample) for prompt, group in zip(PROMPTS, groups, strict=True) for sample in group]
     return pairs
 
 
-def around_cut(old: Any, new: Any, prompt: list[int], sample: rollcast.Completion) -> list[float]:
-    """How far the sample's log-probabilities are from the old weights' before its cut, and at the token behind.
-
-    And how far those behind are from the new weights' own, in one pass over all tokens.
-    """
+def around_cut(old: Any, new: Any, prompt: list[int], sample: rollcast.Completion) -> AroundCut | None:
     if len(sample.spans) < 2:
-        return []
+        return None
     cut = sample.spans[1][1]
-    theirs, ours = distances(old, prompt, sample), distances(new, prompt, sample)
-    return [theirs[:cut].max().item(), theirs[cut].item(), ours[cut:].max().item()]
+    old_distances, new_distances = distances(old, prompt, sample), distances(new, prompt, sample)
+    return AroundCut(
+        old_before=old_distances[:cut].max().item(),
+        old_behind=old_distances[cut].item(),
+        new_behind=new_distances[cut:].max().item(),
+    )
 
 
-def after_switch(job: rollcast.Job, model: torch.nn.Module, prompt: list[int]) -> float:
-    """Largest difference of log-probabilities between the engine and the trainer's own forward."""
-    ((sample,),) = job.pool.generate([prompt], rollcast.Sampling(max_tokens=16, ignore_eos=True))
-    return distances(model, prompt, sample).max().item()
+def distances_after_switch(trainer: Trainer) -> list[float]:
+    """Distances from the new weights of prompts whose keys and values the old weights have cached. Collective."""
+    for _ in range(2):
+        trainer.pool.generate(PROMPTS, rollcast.Sampling(max_tokens=16, ignore_eos=True))
+    trainer.update()
+    groups = trainer.pool.generate(PROMPTS, rollcast.Sampling(max_tokens=16, ignore_eos=True))
+    return [
+        distances(trainer.model, prompt, sample).max().item() for prompt, (sample,) in zip(PROMPTS, groups, strict=True)
+    ]
 
 
-if __name__ == "__main__":
-    main()
+def refusals(trainer: Trainer) -> Refusals:
+    """Collective."""
+    older, version = trainer.broadcaster, trainer.version
+    newer = trainer.open_broadcaster(trainer.model)
+    return Refusals(
+        replaced=error_text(lambda: older.sync(version=version + 3)),
+        not_newer=error_text(lambda: newer.sync(version=version)),
+        unknown_mode=error_text(lambda: newer.sync(version=version + 1, pause_mode="never")),
+        newer_version=newer.sync(version=version + 1).version,
+        long_prompt=error_text(lambda: trainer.pool.generate([[1], [2] * 1024], rollcast.Sampling())),
+    )

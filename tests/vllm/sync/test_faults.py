@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from faults import meet_a_hang, meet_a_kill, survive_a_raise
+from jobs import SharedJob
 from models import build
 from torchrun import TorchrunJob, job_script, run_job
 
@@ -12,47 +14,33 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 GRPO = ("-m", "rollcast.launch.grpo", "--steps", "10000")
 
 
-def run_faults(tmp_path: Path, ending: str, *, timeout_s: float) -> str:
-    folder = tmp_path / "model"
-    build("tied").save_pretrained(folder)
-    fault = tmp_path / "fault"
-    fault.write_text("")
-    job = run_job(
-        job_script("faults.py"),
-        folder,
-        ending,
-        str(timeout_s),
-        ranks=3,
-        cwd=tmp_path,
-        timeout_s=240,
-        env={"FAULT_FILE": str(fault)},
-    )
-    assert job.code != 0, job.output
-    return job.output
+def test_a_raising_worker_is_survived(two_trainers: SharedJob) -> None:
+    old = two_trainers.trainer.version
+    for survived in two_trainers.on_trainers(survive_a_raise):
+        assert survived.failure.after_s < 20
+        assert f"the worker dropped version {old + 2} on the floor" in survived.failure.problem
+        assert survived.refusal.startswith("engine 0 has partially updated weights")
+        assert survived.version == old + 2 and survived.served == (old + 2,)
 
 
-def seconds(output: str, rank: int, what: str) -> float:
-    match = re.search(rf"<{rank}> {what} after ([\d.]+) s", output)
-    assert match, output
-    return float(match[1])
+@pytest.mark.ends_job
+def test_a_killed_worker_fails_the_sync_and_ends_the_job(two_trainers: SharedJob) -> None:
+    """On every rank; no process is left when the trainers leave."""
+    first, *others = two_trainers.on_trainers(meet_a_kill)
+    assert re.search(r"engine 0: lost.*(Worker|died|EngineDead)", first.problem, re.DOTALL), first
+    for failure in (first, *others):
+        assert failure.problem and failure.after_s < 20
 
 
-def test_a_raising_worker_is_survived_and_a_killed_one_ends_the_job(tmp_path: Path) -> None:
-    output = run_faults(tmp_path, "kill", timeout_s=60.0)
-    for rank in (0, 1):
-        assert seconds(output, rank, "first failure") < 20
-        assert re.search(rf"<{rank}> first failure.*the worker dropped version 2 on the floor", output)
-        assert f"<{rank}> refused: engine 0 has partially updated weights" in output
-        assert f"<{rank}> mended: version 3, completion of versions (3,)" in output
-        assert seconds(output, rank, "raised") < 20
-    assert re.search(r"<0> raised.*engine 0: lost.*(Worker|died|EngineDead)", output, re.DOTALL), output
-
-
-def test_a_hanging_worker_fails_the_sync_within_the_deadline(tmp_path: Path) -> None:
-    output = run_faults(tmp_path, "hang", timeout_s=8.0)
-    for rank in (0, 1):
-        assert 5 < seconds(output, rank, "raised") < 9
-    assert re.search(r"sync of version 9 failed: .*deadline.*no answer from engine 0", output)
+@pytest.mark.ends_job
+def test_a_hanging_worker_fails_the_sync_within_the_deadline(two_trainers: SharedJob) -> None:
+    """On every rank; no process is left when the trainers leave, the hanging one included."""
+    version = two_trainers.trainer.version
+    first, *others = two_trainers.on_trainers(meet_a_hang, 8.0)
+    text = rf"sync of version {version + 2} failed: engine 0: no reply to 'receive' by its deadline of [\d.]+ s"
+    assert re.search(text, first.problem)
+    for failure in (first, *others):
+        assert failure.problem and 5 < failure.after_s < 9
 
 
 def test_an_engine_that_does_not_start_shows_its_last_words(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""The worker of shared jobs: tests set its pace and its faults."""
+
+import os
+import time
+from typing import Any
+
+from faulty import FaultySync
+
+from rollcast.rollout.landing.lora import stacks
+from rollcast.rollout.worker import RollcastWorker
+
+
+class SteeredSync(FaultySync):
+    """Fails once in the next receive, or in the next switch to weights received in shadow, when set to."""
+
+    receive_fails = False
+    switch_fails_after_s: float | None = None
+
+    def receive(self, **arguments: Any) -> dict[str, dict[str, Any]]:
+        if self.receive_fails:
+            self.receive_fails = False
+            self.leave()
+            raise RuntimeError("the worker stumbled")
+        return super().receive(**arguments)
+
+    def apply(self, **arguments: Any) -> Any:
+        if (delay_s := self.switch_fails_after_s) is not None:
+            self.switch_fails_after_s = None
+            time.sleep(delay_s)
+            raise RuntimeError("the worker stumbled")
+        return super().apply(**arguments)
+
+
+class SteeredWorker(RollcastWorker):
+    """Can be slowed down and sped up again, and can be made to fail."""
+
+    rollcast_sync_class = SteeredSync
+
+    @property
+    def steered_sync(self) -> SteeredSync:
+        assert isinstance(self.rollcast_sync, SteeredSync)
+        return self.rollcast_sync
+
+    def set_pace(self, step_s: float) -> None:
+        """Sleep `step_s` before each step from now on; 0 is full speed."""
+        worker: Any = self
+        if not hasattr(worker, "pace_s"):
+            execute = worker.execute_model
+
+            def execute_at_pace(*arguments: Any, **options: Any) -> Any:
+                time.sleep(worker.pace_s)
+                return execute(*arguments, **options)
+
+            worker.execute_model = execute_at_pace
+        worker.pace_s = step_s
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def fail_next_sync(self) -> None:
+        """Raise in the receive of the next sync."""
+        self.steered_sync.receive_fails = True
+
+    def fail_next_switch(self, pid: int, delay_s: float) -> None:
+        """Raise, after a delay, in the next switch to weights received in shadow, if `pid` is this worker's."""
+        if pid == os.getpid():
+            self.steered_sync.switch_fails_after_s = delay_s
+
+    def lora_stacks(self) -> dict[str, list]:
+        """Return every stack of LoRA weights, slot by slot, as nested lists."""
+        return {name: stack[:, 0].tolist() for name, stack in stacks(self.rollcast_sync.model.module).items()}
