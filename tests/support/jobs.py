@@ -113,6 +113,8 @@ class SharedJob:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environ | {"PYTHONPATH": SEARCH_PATH},
+                # Ctrl-C is pytest's alone, which ends the job.
+                start_new_session=True,
             )
 
     def _wait(self) -> list[int]:

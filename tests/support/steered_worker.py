@@ -66,6 +66,20 @@ class SteeredWorker(RollcastWorker):
         if pid == os.getpid():
             self.steered_sync.switch_fails_after_s = delay_s
 
+    def keep_q_norm(self) -> None:
+        """Keep the parameter that `FaultySync` replaces."""
+        worker: Any = self
+        worker.kept_q_norm = self._q_norm.weight
+
+    def restore_q_norm(self) -> None:
+        """Put the kept parameter back."""
+        worker: Any = self
+        self._q_norm.weight = worker.kept_q_norm
+
+    @property
+    def _q_norm(self) -> Any:
+        return self.rollcast_sync.model.module.get_submodule("model.layers.0.self_attn.q_norm")
+
     def lora_stacks(self) -> dict[str, list]:
         """Return every stack of LoRA weights, slot by slot, as nested lists."""
         return {name: stack[:, 0].tolist() for name, stack in stacks(self.rollcast_sync.model.module).items()}

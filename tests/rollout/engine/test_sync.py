@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from rollcast.rollout import EngineError
@@ -72,9 +73,19 @@ class Parts:
         self.sync = EngineSync(workers, self.requests, control, index=1, wake_for_sync=False)
 
     async def receive(self, version: int, **options: Any) -> None:
-        defaults = {"mode": "in_place", "pause_mode": "keep", "kv_cache": "kept", "verify": "none"}
-        request = {"digests": ["a", "b"], "first_rank": 3, "unchanged": False, "alone": False, "timeout_s": SOON_S}
-        receive = self.sync.receive(Receive(version=version, **request | defaults | options))
+        request = Receive(
+            version=version,
+            digests=["a", "b"],
+            first_rank=3,
+            mode="in_place",
+            pause_mode="keep",
+            kv_cache="kept",
+            verify="none",
+            unchanged=False,
+            alone=False,
+            timeout_s=SOON_S,
+        )
+        receive = self.sync.receive(msgspec.structs.replace(request, **options))
         # A task of its own, as in the engine process: `abort` cancels a sync that is still under way.
         times = await asyncio.create_task(receive)
         assert [worker.rank for worker in times] == [3, 4]

@@ -51,3 +51,9 @@ def sync_with_fault(trainer: Trainer, fault: str, options: dict[str, Any]) -> Ou
     trainer.set_fault("")
     trainer.barrier()
     return Outcome(problem=problem, state=engine_state(trainer), fingerprints=trainer.pool.fingerprints())
+
+
+def sync_with_unseen_fault(trainer: Trainer, fault: str, options: dict[str, Any]) -> Outcome:
+    """The same right behind another sync: no call has reached the workers in between. Collective."""
+    trainer.sync()
+    return sync_with_fault(trainer, fault, options)

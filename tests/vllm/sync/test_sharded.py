@@ -5,7 +5,7 @@ import re
 import pytest
 from jobs import SharedJob
 from sharded import K_PROJ, MISTAKES, sync_mistake
-from states import EngineState, Outcome, sync_with_fault
+from states import EngineState, Outcome, sync_with_fault, sync_with_unseen_fault
 from trainer import Trainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -54,19 +54,21 @@ def test_weights_that_moved_are_followed(two_trainers: SharedJob) -> None:
 def test_weights_that_move_though_nothing_has_moved_them_fail_the_sync(two_trainers: SharedJob, mode: str) -> None:
     two_trainers.on_trainers(Trainer.perturb)
     before = sync(two_trainers, verify="full")
-    unseen = sync(two_trainers, "move unseen", mode=mode)
+    unseen, *_ = two_trainers.on_trainers(sync_with_unseen_fault, "move unseen", {"mode": mode})
     assert "was moved while weights were on their way: sync again" in unseen.problem
     after = sync(two_trainers)
     assert after.problem == "" and after.fingerprints == before.fingerprints
 
 
 def test_weights_that_changed_their_layout_are_refused(two_trainers: SharedJob) -> None:
+    two_trainers.trainer.pool.call_workers("keep_q_norm")
     before = sync(two_trainers)
     changed = sync(two_trainers, "move to bfloat16")
     assert "was replaced and the weights now land elsewhere" in changed.problem
     for_good = sync(two_trainers)
     assert "model.layers.0.self_attn.q_norm.weight: vLLM keeps it in another layout" in for_good.problem
     assert for_good.state == EngineState(version=before.state.version, refuses=True)
-    # Back in the layout that they were loaded in, they are followed again.
-    restored = sync(two_trainers, "move")
+    # Back where they were, they are followed again.
+    two_trainers.trainer.pool.call_workers("restore_q_norm")
+    restored = sync(two_trainers)
     assert restored.problem == "" and restored.fingerprints == before.fingerprints
