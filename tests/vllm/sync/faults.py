@@ -1,6 +1,7 @@
 """Syncs that fail while workers raise, hang or are killed, with the model sharded (every trainer rank)."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -12,6 +13,9 @@ from states import sync_problem
 from trainer import Trainer, fault_file
 
 import rollcast.rollout as rollcast
+
+LOST = re.compile(r"engine 0: lost.*(Worker|died|EngineDead)", re.DOTALL)
+LOST_S = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,15 @@ class Survived:
     """Of the next sync."""
     served: tuple[int, ...]
     """Versions of a completion after that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Killed:
+    """A sync in which a worker was killed, and a request after it."""
+
+    failure: Failure
+    refusal: str
+    """What the request heard once the engine was known to be lost, or after a while."""
 
 
 def open_sharded(trainer: Trainer, **settings: Any) -> rollcast.PoolBroadcaster:
@@ -62,11 +75,8 @@ def survive_a_raise(trainer: Trainer) -> Survived:
     set_fault(trainer, "raise")
     failure = fail_sync(trainer)
     trainer.barrier()
-    refusal = ""
-    try:
-        trainer.pool.generate([[5, 6]], rollcast.Sampling(max_tokens=2))
-    except rollcast.EngineError as error:
-        refusal = str(error)
+    refusal = refusal_of(trainer)
+    trainer.barrier()
     set_fault(trainer, "")
     report = trainer.sync()
     (samples,) = trainer.pool.generate([[5, 6]], rollcast.Sampling(max_tokens=2))
@@ -80,13 +90,27 @@ def meet_a_hang(trainer: Trainer, timeout_s: float) -> Failure:
     return fail_sync(trainer)
 
 
-def meet_a_kill(trainer: Trainer) -> Failure:
+def meet_a_kill(trainer: Trainer) -> Killed:
     """A worker is killed in the middle of a sync."""
     open_sharded(trainer)
     set_fault(trainer, "hang")
     if trainer.rank == 0:
         threading.Thread(target=kill_worker, daemon=True).start()
-    return fail_sync(trainer)
+    failure = fail_sync(trainer)
+    # The engine's end is reported after the sync's.
+    end = time.monotonic() + LOST_S
+    while not LOST.search(refusal := refusal_of(trainer)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return Killed(failure=failure, refusal=refusal)
+
+
+def refusal_of(trainer: Trainer) -> str:
+    """Text of the error that a request raises; empty if it is served."""
+    try:
+        trainer.pool.generate([[5, 6]], rollcast.Sampling(max_tokens=2))
+    except rollcast.EngineError as error:
+        return str(error)
+    return ""
 
 
 def kill_worker() -> None:
