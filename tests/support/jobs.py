@@ -105,10 +105,12 @@ class SharedJob:
         self, rank: int, shape: Shape, variables: dict[str, str], address: str
     ) -> "subprocess.Popen[bytes]":
         environ = os.environ | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank), MARKER: self.marker}
-        arguments = (TESTS / "support" / "job_rank.py", self.folder / "config", shape.model, address)
+        arguments: tuple[str | Path, ...] = ("engine_rank.py", self.folder / "config")
+        if rank < shape.trainers:
+            arguments = ("trainer_rank.py", self.folder / "config", shape.model, address)
         with (self.folder / f"rank-{rank}.log").open("wb") as output:
             return subprocess.Popen(
-                [sys.executable, *map(str, arguments)],
+                [sys.executable, TESTS / "support" / arguments[0], *arguments[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,8 +1,6 @@
-"""A rank of a shared job, other than the trainer rank that pytest is (a child of the pytest process).
+"""A trainer rank of a shared job other than rank 0, which is pytest: makes the calls that arrive at a socket (a child).
 
-job_rank.py CONFIG_PICKLE MODEL_KIND SOCKET
-
-An engine rank serves until the job is over; a trainer rank carries out the calls that arrive at the socket.
+trainer_rank.py CONFIG_PICKLE MODEL_KIND SOCKET
 """
 
 import pickle
@@ -20,8 +18,7 @@ import rollcast.rollout as rollcast
 def main() -> None:
     config = pickle.loads(Path(sys.argv[1]).read_bytes())
     with rollcast.join(config) as job:
-        if job.is_trainer:
-            serve(job, MODELS[sys.argv[2]](), sys.argv[3])
+        serve(job, MODELS[sys.argv[2]](), sys.argv[3])
 
 
 def serve(job: rollcast.Job, model: object, address: str) -> None:
