@@ -58,9 +58,18 @@ class TorchrunJob:
         """Wait until the job has printed `text`."""
         end = time.monotonic() + timeout_s
         while text not in self.output:
-            assert self.process.poll() is None, f"the job ended without printing {text!r}:\n{self.output}"
-            assert time.monotonic() < end, f"no {text!r} within {timeout_s} s:\n{self.output}"
+            self.check(time.monotonic() < end, f"no {text!r} within {timeout_s} s")
             time.sleep(0.05)
+
+    def check(self, as_expected: bool, problem: str) -> None:
+        """Fail, and leave no process behind, unless all is as expected and the job is running."""
+        if as_expected and self.process.poll() is None:
+            return
+        if as_expected:
+            problem = f"the job ended with {self.process.returncode}"
+        for process in self.processes():
+            process.kill()
+        raise AssertionError(f"{problem}:\n{self.output}")
 
     def interrupt(self, *, whole_group: bool) -> None:
         """Ctrl-C: to torchrun alone, or, as a terminal does, to every process in its group."""

@@ -37,5 +37,5 @@ def test_it_beats_a_layerwise_reload(rows: list[dict[str, Any]]) -> None:
     assert all(row["reload_to_plan"] >= 5 for row in rows)
 
 
-def test_compiling_takes_no_time(rows: list[dict[str, Any]]) -> None:
-    assert all(row["compile_s"] <= 2 for row in rows)
+def test_compiling_costs_a_few_reloads(rows: list[dict[str, Any]]) -> None:
+    assert all(row["compile_s"] <= 4 * row["p50_s"]["layerwise_reload"] for row in rows)
