@@ -19,6 +19,8 @@ VERIFY_MODES = ("none", "checksum", "full")
 CPU_WEIGHTS = ("packed", "plain")
 # Carries `cpu_weights` to the workers: vLLM passes them no settings before they load the model.
 CPU_WEIGHTS_VARIABLE = "ROLLCAST_CPU_WEIGHTS"
+# How vLLM starts its processes: "fork" or "spawn".
+START_METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
 POSITIVE = (
     "trainers",
     "tensor_parallel_size",

@@ -43,6 +43,7 @@ class WeightSource:
         # The objects in the module or state dict that each of `_tensors` is an alias of: when the trainer gives one
         # other memory (`.data =`), the alias keeps the old memory and only its owner shows the new.
         self._owners: list[list[torch.Tensor]] = []
+        self._manifest: Manifest | None = None
         self.manifest = self.current_manifest()
 
     @property
@@ -71,8 +72,12 @@ class WeightSource:
         if self._module_snapshot is None or not self._module_snapshot.unchanged():
             named = self._named()
             self._tensors = list(named.values())
-            self._manifest = Manifest(tuple(self._spec(name, tensor) for name, tensor in named.items()))
+            manifest = Manifest(tuple(self._spec(name, tensor) for name, tensor in named.items()))
+            # The same object while nothing differs: syncs compare objects first, and thousands of specs take 10 ms.
+            if manifest != self._manifest:
+                self._manifest = manifest
             self._module_snapshot, self._owners = _take_snapshot(self._weights, self._tensors)
+        assert self._manifest is not None
         return self._manifest
 
     def peek_manifest(self) -> Manifest:
@@ -83,6 +88,7 @@ class WeightSource:
         """
         snapshot = self._module_snapshot if self.stable_tensors() is not None else None
         if snapshot is not None and len(self._tensors) >= MANY_TENSORS and snapshot.same_tensors():
+            assert self._manifest is not None
             return self._manifest
         return self.current_manifest()
 

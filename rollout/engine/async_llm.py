@@ -1,9 +1,10 @@
 """vLLM's `AsyncLLM`: how it is built, paused and put to sleep (engine process)."""
 
 import asyncio
+import os
 from typing import Any
 
-from rollcast.rollout.config import RolloutConfig
+from rollcast.rollout.config import START_METHOD_VARIABLE, RolloutConfig
 from rollcast.rollout.lora import lora_args
 
 
@@ -91,7 +92,16 @@ def build_async_llm(config: RolloutConfig) -> Any:
     engine_args = AsyncEngineArgs(**args | optional | dict(config.engine_args))
     # The defaults of vLLM's `LLM` for sequences and tokens in a step: those of an `AsyncLLM` are an eighth of
     # them on an H200.
-    llm = AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
+    start_method = os.environ[START_METHOD_VARIABLE]
+    vllm_config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
+    # vLLM's platform for CPUs has set "spawn".
+    os.environ[START_METHOD_VARIABLE] = start_method
+    llm = AsyncLLM.from_vllm_config(
+        vllm_config,
+        usage_context=UsageContext.LLM_CLASS,
+        enable_log_requests=engine_args.enable_log_requests,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
     _yield_between_outputs(llm)
     return llm
 

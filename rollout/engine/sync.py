@@ -71,9 +71,7 @@ class EngineSync:
         if self._under_way is not None and not self._under_way.done():
             # A sync that failed: the group that it has still to leave must not be the new one.
             await asyncio.wait([self._under_way], timeout=request.timeout_s)
-        assignments = [list(msgspec.structs.astuple(assignment)) for assignment in request.assignments]
-        arguments = (request.address, assignments, request.gather_order, request.bucket_bytes, request.timeout_s)
-        await self._workers.call("rollcast_join", *arguments)
+        await self._workers.call("rollcast_join", msgspec.msgpack.encode(request))
 
     async def receive(self, request: Receive) -> list[WorkerTimes]:
         """Receive new weights in all workers. Served after `commit` and `finalize`, or at once if `request.alone`."""

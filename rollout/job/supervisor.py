@@ -18,12 +18,13 @@ from torch import distributed as dist
 
 from rollcast.comm import Deadline
 from rollcast.comm.transport.rendezvous import reachable_host
-from rollcast.rollout.config import CPU_WEIGHTS_VARIABLE, RolloutConfig
+from rollcast.rollout.config import CPU_WEIGHTS_VARIABLE, START_METHOD_VARIABLE, RolloutConfig
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.job.world import World, without_torchrun
 from rollcast.rollout.protocol.messages import EngineSpec
 from rollcast.rollout.protocol.registry import EngineRegistry
 
+OMP_BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 POLL_S = 0.1
 STOP_TIMEOUT_S = 4.0
 LOG_LINES = 12
@@ -59,6 +60,9 @@ class EngineProcess:
         """Wait until the engine serves, and return its address. Raises `EngineError` with the log's end on failure."""
         while not select.select([self._ready], [], [], POLL_S)[0]:
             signals.exit_if_received()
+            # Its forked children keep the pipe open.
+            if not self.running:
+                raise EngineError(f"ended while starting\n{self.log_tail()}")
             if deadline.left_s() == 0.0:
                 raise EngineError(f"not ready within {deadline.timeout_s:g} s\n{self.log_tail()}")
         address = self._ready.readline().strip()
@@ -133,9 +137,9 @@ def _wait(registry: EngineRegistry, signals: "Signals", engine: EngineProcess | 
 def engine_environ(config: RolloutConfig, world: World) -> dict[str, str]:
     """Return the engine's environment: none of torchrun's variables, its own GPUs or cores."""
     environ = without_torchrun(os.environ)
-    environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     environ[CPU_WEIGHTS_VARIABLE] = config.cpu_weights
     if config.resolved_device() == "cuda":
+        environ[START_METHOD_VARIABLE] = "spawn"
         first = world.gpu_index
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(gpu) for gpu in range(world.local_world_size)]
@@ -145,24 +149,24 @@ def engine_environ(config: RolloutConfig, world: World) -> dict[str, str]:
         # vLLM compiles a few small sampling functions all the same, which takes 20 s on a CPU.
         environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cpu_binding(world))
+    if OMP_BINDING_VARIABLE in environ:
+        # vLLM binds the threads of a new interpreter only.
+        environ[START_METHOD_VARIABLE] = "spawn"
+    else:
+        # Twice as fast: torch and vLLM are imported once, not once in each process.
+        environ |= {START_METHOD_VARIABLE: "fork", OMP_BINDING_VARIABLE: "nobind"}
+        environ["OMP_NUM_THREADS"] = str(_threads_of_a_worker(world))
     return environ
 
 
-def _cpu_binding(world: World) -> str:
-    """Return the cores of each worker of this engine, in vLLM's format: an even share of the machine's cores.
+def _threads_of_a_worker(world: World) -> int:
+    """Return the size of a worker's even share of the machine's cores.
 
-    One core of each share that has several is left to vLLM's scheduler, which polls all the time.
+    One core of a share that has several is left to vLLM's scheduler, which polls all the time.
     """
-    cores = sorted(os.sched_getaffinity(0))
     first_rank = world.rank - world.local_rank
-    engine_ranks = range(max(first_rank, world.trainers), first_rank + world.local_world_size)
-    shares = [
-        cores[index :: len(engine_ranks)] or [cores[index % len(cores)]]
-        for index, rank in enumerate(engine_ranks)
-        if rank in world.engine_ranks(world.engine)
-    ]
-    return "|".join(",".join(map(str, share[1:] or share)) for share in shares)
+    workers = first_rank + world.local_world_size - max(first_rank, world.trainers)
+    return max(1, len(os.sched_getaffinity(0)) // workers - 1)
 
 
 class Signals:

@@ -36,16 +36,22 @@ async def frames(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         return
 
 
+def connect(address: str) -> socket.socket:
+    """Connect to `host:port`. Messages leave at once."""
+    host, _, port = address.rpartition(":")
+    connection = socket.create_connection((host, int(port)))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
 class EngineConnection:
     """A trainer's connection to an engine process. `send` and `close` may be called from any thread."""
 
     def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
         try:
-            self._socket = socket.create_connection((host, int(port)))
+            self._socket = connect(address)
         except OSError as error:
             raise OSError(f"the engine at {address} cannot be reached: {error}") from None
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A file descriptor of its own: the socket stays ours, to be shut down from any thread.
         self._connection = Connection(os.dup(self._socket.fileno()))
         self._sending = threading.Lock()

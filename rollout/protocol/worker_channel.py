@@ -7,7 +7,6 @@ has a connection and a thread of its own for the calls of a sync.
 import asyncio
 import contextlib
 import logging
-import socket
 import threading
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
@@ -17,7 +16,7 @@ import msgspec
 
 from rollcast.comm import Deadline
 from rollcast.rollout.errors import Failure
-from rollcast.rollout.protocol.connection import frame, frames
+from rollcast.rollout.protocol.connection import connect, frame, frames
 
 OTHER_WORKERS = "the engine's other workers"
 # Of a call's time, on top of it: a worker that meets the deadline itself can say what it waited for. Less than the
@@ -209,10 +208,7 @@ class WorkerEndpoint:
         workers: int,
         run: Callable[[str, dict[str, Any], Deadline], Any],
     ) -> None:
-        host, _, port = address.rpartition(":")
-        connection = socket.create_connection((host, int(port)))
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection = Connection(connection.detach())
+        self._connection = Connection(connect(address).detach())
         self.workers = workers
         self._rank = rank
         self._run = run

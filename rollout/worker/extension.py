@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from rollcast.comm import Deadline
 from rollcast.comm.device.nvml import gpu_state, gpu_uuid
 from rollcast.rollout.landing.vllm_reload import choose_cpu_layout
+from rollcast.rollout.protocol.messages import JoinGroup
 from rollcast.rollout.protocol.worker_channel import attempt
 from rollcast.rollout.worker.fingerprint import fingerprint_sha256
 from rollcast.rollout.worker.sync import WorkerSync
@@ -67,14 +67,9 @@ class RollcastWorker:
         """Return the landing plan. Not collective."""
         return self.rollcast_sync.landing.plan.to_bytes()
 
-    def rollcast_join(
-        self, address: str, assignments: list[list[Any]], gather_order: list[int], bucket_bytes: int, timeout_s: float
-    ) -> None:
-        """See `WorkerSync.join`."""
-        deadline = Deadline(timeout_s)
-        self.rollcast_sync.join(
-            address, assignments, gather_order=gather_order, bucket_bytes=bucket_bytes, deadline=deadline
-        )
+    def rollcast_join(self, request: bytes) -> None:
+        """See `WorkerSync.join`; `request` is a `JoinGroup` in msgpack."""
+        self.rollcast_sync.join(msgspec.msgpack.decode(request, type=JoinGroup))
 
     def rollcast_leave(self) -> None:
         """See `WorkerSync.leave`."""

@@ -13,7 +13,7 @@ from rollcast.comm.deadline import poll_sleep
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.lora import AdapterLanding
-from rollcast.rollout.protocol.messages import Assignment
+from rollcast.rollout.protocol.messages import JoinGroup
 from rollcast.rollout.protocol.worker_channel import WorkerEndpoint
 from rollcast.rollout.worker.fingerprint import fingerprint_64bit, raise_if_changed
 from rollcast.rollout.worker.model import WorkerModel
@@ -78,30 +78,22 @@ class WorkerSync:
         self.landing = self.model.land(plan)
         return plan.digest
 
-    def join(
-        self,
-        address: str,
-        assignments: list[list[Any]],
-        *,
-        gather_order: list[int],
-        bucket_bytes: int,
-        deadline: Deadline,
-    ) -> None:
-        """Join the group of this worker's lane at `address`. Collective over the lane.
+    def join(self, request: JoinGroup) -> None:
+        """Join the group of this worker's lane. Collective over the lane.
 
-        `assignments` has an `Assignment`, as a list, for each worker of the engine. Raises `ValueError` if the lane's
-        buckets differ from the sender's.
+        Raises `ValueError` if the lane's buckets differ from the sender's.
         """
+        deadline = Deadline(request.timeout_s)
         self.leave()
-        assignment = Assignment(*assignments[self.rank])
-        buckets = fill_buckets(self.landing.plan.moves, gather_order, bucket_bytes=bucket_bytes)
+        assignment = request.assignments[self.rank]
+        buckets = fill_buckets(self.landing.plan.moves, request.gather_order, bucket_bytes=request.bucket_bytes)
         lane = Lane(assignment.lane, assignment.sender, (), buckets)
         if lane.digest != assignment.digest:
             raise ValueError("the worker's transfer plan differs from the trainer's: run one version of rollcast")
         self._bind(lane)
         self.group = join_group(
             assignment.transport,
-            address,
+            request.address,
             rank=assignment.rank,
             size=assignment.size,
             deadline=deadline,

@@ -13,6 +13,7 @@ from torch import nn
 
 from rollcast.comm import Deadline, Group
 from rollcast.comm.transport import Work
+from rollcast.rollout.protocol.messages import JoinGroup
 from rollcast.rollout.worker import RollcastWorker, WorkerSync
 
 FAULT = Path(os.environ["FAULT_FILE"])
@@ -21,8 +22,8 @@ FAULT = Path(os.environ["FAULT_FILE"])
 class FaultySync(WorkerSync):
     """Reads its fault from the file named by FAULT_FILE: "raise", "hang", "flip ...", "move ..." or nothing."""
 
-    def join(self, *arguments: Any, **options: Any) -> None:
-        super().join(*arguments, **options)
+    def join(self, request: JoinGroup) -> None:
+        super().join(request)
         assert self.group is not None
         self.group = FlippingGroup(self.group, self.rank)
 

@@ -49,6 +49,21 @@ def test_a_source_without_parameters_is_refused() -> None:
         WeightSource({})
 
 
+@pytest.mark.parametrize("count", [3, MANY_TENSORS])
+def test_the_manifest_is_the_same_object_until_something_differs(count: int) -> None:
+    """Else every sync compares every spec."""
+    weights = {f"w{index}": torch.zeros(2) for index in range(count)}
+    source = WeightSource(weights)
+    source.release()
+    assert source.peek_manifest() is source.manifest
+    weights["w1"] = torch.zeros(2)
+    assert source.peek_manifest() is source.manifest
+    weights["w1"] = torch.zeros(3)
+    assert source.peek_manifest() is not source.manifest
+    with pytest.raises(ValueError, match=r"expected w1 \[2\] float32, got w1 \[3\] float32"):
+        source.check_unchanged(source.peek_manifest())
+
+
 def test_module_sends_tied_weights_once_and_only_persistent_buffers() -> None:
     net = Net()
     source = WeightSource(net)
