@@ -23,6 +23,7 @@ os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "ROL
 import torch
 import transformers
 from latency.models import with_single_experts
+from loaded_models import LoadedModels
 from local_transfer import LocalTransfer
 from machine_card import commit, cpu_card, versions
 from rich.console import Console
@@ -30,7 +31,7 @@ from rich.table import Table
 
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
-from rollcast.rollout.landing.offline import OfflineModels, checkpoint_manifest
+from rollcast.rollout.landing.offline import checkpoint_manifest
 from rollcast.rollout.landing.vllm_reload import choose_cpu_layout
 
 DTYPE = torch.bfloat16
@@ -60,7 +61,7 @@ def main() -> None:
         folders[name] = folder / str(index)
         config(**settings, dtype=DTYPE, architectures=architectures).save_pretrained(folders[name])
     # vLLM makes an expert parallel group only for a model with experts.
-    models = OfflineModels(list(folders.values())[-1], dtype="bfloat16", load_format="dummy", max_model_len=64)
+    models = LoadedModels(list(folders.values())[-1], dtype="bfloat16", load_format="dummy", max_model_len=64)
     rows = [measure(models, name, folders[name], options.repeats) for name in MODELS]
     show(rows)
     document = json.dumps({"machine": machine(), "versions": versions(), **provenance(), "results": rows})
@@ -69,7 +70,7 @@ def main() -> None:
     sys.stdout.write(document + "\n")
 
 
-def measure(models: OfflineModels, name: str, folder: Path, repeats: int) -> dict[str, Any]:
+def measure(models: LoadedModels, name: str, folder: Path, repeats: int) -> dict[str, Any]:
     """Measure one model and return its row."""
     manifest = with_single_experts(checkpoint_manifest(folder, dtype=DTYPE))
     model = models.load(folder)

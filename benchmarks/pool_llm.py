@@ -91,7 +91,7 @@ def serve(load: Workload) -> None:
         "enforce_eager": load.eager,
         "gpu_memory_utilization": 0.4,
         "logprobs_mode": "processed_logprobs",
-        "worker_extension_cls": "latency.facts.FactsWorker",
+        "worker_extension_cls": "engine_facts.FactsWorker",
     }
     llm = LLM(load.model, **settings)
     # As the pool asks for it.

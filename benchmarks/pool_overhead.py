@@ -85,7 +85,7 @@ def run_rank(load: Workload, rounds: int, out: Path) -> None:
         load_format="dummy",
         enforce_eager=load.eager,
         gpu_memory_utilization=0.4,
-        worker_extension_cls="latency.worker.PoolWorker",
+        worker_extension_cls="pool_worker.PoolWorker",
         # The trainer needs no GPU.
         colocate=shared,
     )

@@ -37,7 +37,7 @@ class _Contribution(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
 class Agreement:
     """Collects one value from every rank, lets rank 0 combine them, and gives all ranks the result.
 
-        verdict = agreement.decide("sync 3", Votes(failures), merge, deadline=Deadline(60))
+        verdict = agreement.decide("sync 3", StepOutcome(failures), merge, deadline=Deadline(60))
         if verdict.late_rank is not None: ...
 
     A topic is used once. Values cross the store as JSON: strings, numbers, or `msgspec.Struct`s of such, never None.

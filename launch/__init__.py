@@ -1,1 +1,1 @@
-"""Programs to start: the GRPO job, and what it shows and records."""
+"""Programs: grpo (the GRPO job) and serve (a front end over the engines)."""

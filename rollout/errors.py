@@ -15,7 +15,9 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     worker: int | None = None
     """Rank of the worker in its engine; None where it was not a worker."""
     phase: str = ""
-    """What was under way: "start", "prepare", "join", "receive", "commit", "generate", ..."""
+    """What was under way. Of an engine's life: "start", "run". Of a sync: "prepare", "plan", "join", "receive", "send",
+    "agree", "commit", "finalize", "abort". Of a call of the pool: "generate", "describe", "fingerprint", "call",
+    "sleep", "wake_up". Empty where the connection to the engine ended, or no reply came in time."""
 
     def __str__(self) -> str:
         places = [f"engine {self.engine}"] if self.engine is not None else []
@@ -59,7 +61,7 @@ class EngineError(_FailureError):
 
 
 class SyncError(_FailureError):
-    """A sync failed: no engine got the new version. The next sync sends everything again."""
+    """A sync failed: no engine serves the new version. The next sync sends everything again."""
 
 
 class OrchestratorError(RollcastError):

@@ -1,11 +1,11 @@
-"""The workers' side of the benchmarks (every vLLM worker process, as `worker_extension_cls`)."""
+"""The workers' side of the latency benchmark (every vLLM worker process, as `worker_extension_cls`)."""
 
 import time
 from typing import Any
 
 import torch
+from engine_facts import FactsWorker
 
-from latency.facts import FactsWorker
 from latency.memory import peak_bytes, reset_peak
 from rollcast.comm import Deadline, Group, join_group
 from rollcast.comm.device.storage import flat_bytes
@@ -130,7 +130,3 @@ def bench_zero() -> tuple[float, Any]:
 def bench_time(when: Any, zero: tuple[float, Any]) -> float:
     """Return a moment of `bench_now` on the machine's clock, in seconds."""
     return when if isinstance(when, float) else zero[0] + zero[1].elapsed_time(when) / 1e3
-
-
-class PoolWorker(FactsWorker, RollcastWorker):
-    """Worker of the pool's engine in `pool_overhead.py`, which reports its settings."""

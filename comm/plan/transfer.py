@@ -74,8 +74,8 @@ def build_transfer(
     """Plan the sync of `manifest` into workers, of which worker `i` keeps `landings[workers[i]]`.
 
     Deterministic, without communication. `landings` maps a digest to moves in the order of the worker's memory. Lanes
-    are dealt to the `senders` trainer ranks in turn; with `paired`, each worker has a lane of its own, sent by the
-    trainer rank of its number. Raises `ValueError` naming the first parameter that no worker keeps.
+    are assigned to the `senders` trainer ranks round-robin; with `paired`, each worker has a lane of its own, sent by
+    the trainer rank of its number. Raises `ValueError` naming the first parameter that no worker keeps.
     """
     kept = {move.param for moves in landings.values() for move in moves}
     for index, spec in enumerate(manifest.specs):

@@ -17,6 +17,7 @@ class WeightBroadcaster:
     """Gathers a source's weights in the plan's order and streams the lanes that this trainer rank sends.
 
         broadcaster = WeightBroadcaster(source, plan, rank=trainer_rank, device=torch.device("cpu"))
+        source.peek_manifest()                                                   # before every send
         broadcaster.send(groups, deadline=Deadline(60), timer=PhaseTimer())      # groups: {lane index: group}
 
     Bucket k + 1 is packed while bucket k is on the wire. Buffers are allocated at the first send and kept. Weights
@@ -25,7 +26,7 @@ class WeightBroadcaster:
     """
 
     def __init__(self, source: WeightSource, plan: TransferPlan, *, rank: int = 0, device: torch.device) -> None:
-        self._source = source
+        self.source = source
         self._plan = plan
         self._device = device
         self._own = [lane for lane in plan.lanes if lane.sender == rank and lane.buckets]
@@ -35,23 +36,15 @@ class WeightBroadcaster:
         self._cached: tuple[list[torch.Tensor], list[OutgoingBucket]] | None = None
 
     def send(
-        self,
-        groups: Mapping[int, Group],
-        *,
-        deadline: Deadline,
-        timer: PhaseTimer,
-        checksums: bool = False,
-        peeked: bool = False,
+        self, groups: Mapping[int, Group], *, deadline: Deadline, timer: PhaseTimer, checksums: bool = False
     ) -> None:
         """Send every weight once, then the checksums if asked to. Collective over the trainer ranks.
 
-        `groups` has the groups of this rank's lanes, of which it is rank 0. With `peeked` the caller has called
-        `source.peek_manifest()` for this very send. Raises `ValueError` for weights that no longer match the plan,
-        and a transport's `RuntimeError` or `TimeoutError` only after the whole source was gathered: the other trainer
-        ranks gather shards with this one and would wait for it for ever.
+        `groups` has the groups of this rank's lanes, of which it is rank 0. The caller has called
+        `source.peek_manifest()` for this sync, which notices weights that were replaced. Raises `ValueError` for
+        weights that no longer match the plan, and a transport's `RuntimeError` or `TimeoutError` only after the whole
+        source was gathered: the other trainer ranks gather shards with this one and would wait for it for ever.
         """
-        if not peeked:
-            self._source.peek_manifest()
         self._prepare_lanes()
         buckets = self._outgoing(timer)
         try:
@@ -71,12 +64,12 @@ class WeightBroadcaster:
 
     def _prepare_lanes(self) -> None:
         """Lay out the buffers for the weights' present dtypes and devices, unless the cached buckets are valid."""
-        if self._cached is not None and self._cached[0] is self._source.stable_tensors():
+        if self._cached is not None and self._cached[0] is self.source.stable_tensors():
             if all(bucket.is_valid() for bucket in self._cached[1][:1]):
                 return
             # As a rule, if one weight was moved all were: read all of them now instead of bucket by bucket.
-            self._source.current_manifest()
-        formats = self._source.formats()
+            self.source.current_manifest()
+        formats = self.source.formats()
         if not self._lanes or formats != self._formats:
             self._lanes = {lane.index: LaneSender(lane, formats, self._device) for lane in self._own}
             self._formats = formats
@@ -93,20 +86,26 @@ class WeightBroadcaster:
             if sent == len(self._cached[1]):
                 return
             # The trainer has moved weights since the last sync.
-            self._source.check_unchanged()
-            if self._source.formats() != self._formats:
-                raise ValueError("weights have changed their dtype or device since the last sync")
+            self.source.check_unchanged()
+            self._check_formats()
         yield from islice(self._gathered(timer), sent, None)
+
+    def _check_formats(self) -> None:
+        """Raise `ValueError` naming the first weight whose dtype or device is another than at the last sync."""
+        pairs = zip(self.source.manifest.specs, self._formats, self.source.formats(), strict=True)
+        for spec, before, now in pairs:
+            if now != before:
+                raise ValueError(f"{spec} changed its dtype or device since the last sync")
 
     def _gathered(self, timer: PhaseTimer) -> Iterator[OutgoingBucket]:
         """Yield the same buckets from newly gathered weights; cache them if the weights' memory stays the same."""
-        stable = self._source.stable_tensors()
+        stable = self.source.stable_tensors()
         buckets: list[OutgoingBucket] = []
-        for param, tensor in _timed(self._source.gather(self._plan.gather_order), timer):
+        for param, tensor in _timed(self.source.gather(self._plan.gather_order), timer):
             for lane in self._lanes.values():
                 for bucket in lane.add(param, tensor):
                     if stable is not None:
-                        bucket.snapshot = self._source.storage_snapshot(bucket.params)
+                        bucket.snapshot = self.source.storage_snapshot(bucket.params)
                         buckets.append(bucket)
                     yield bucket
         self._cached = (stable, buckets) if stable is not None else None

@@ -13,8 +13,9 @@ from rollcast.comm.plan.buckets import Message
 from rollcast.comm.plan.region import Region
 from rollcast.comm.plan.transfer import Lane
 from rollcast.comm.report import PhaseTimer
+from rollcast.comm.transfer.bucket_work import BucketWork, broadcast_bucket
 from rollcast.comm.transfer.buffer_ring import BufferRing
-from rollcast.comm.transport import Group, PersistentTensors, Work
+from rollcast.comm.transport import Group, PersistentTensors
 
 Formats = Sequence[tuple[torch.dtype, str]]
 """Dtype and device type of each parameter at the trainer."""
@@ -48,7 +49,7 @@ class OutgoingBucket:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _MessagePart:
     """A part of one parameter, and where it goes."""
 
     message: int
@@ -67,13 +68,14 @@ class LaneSender:
 
     def __init__(self, lane: Lane, formats: Formats, device: torch.device) -> None:
         self.index = lane.index
+        self._lane = lane
         self._buckets = lane.buckets
-        self._pieces: dict[int, list[_Piece]] = defaultdict(list)
+        self._parts: dict[int, list[_MessagePart]] = defaultdict(list)
         # For each bucket: index of a message that is packed -> its first byte in the buffer.
         self._offsets: list[dict[int, int]] = []
         used = [self._assign_offsets(number, formats, device.type) for number in range(len(lane.buckets))]
         self.ring = BufferRing(max(used), device=device)
-        self._works: deque[Work] = deque()
+        self._works: deque[BucketWork] = deque()
         self._open: OutgoingBucket | None = None
 
     def _assign_offsets(self, number: int, formats: Formats, device: str) -> int:
@@ -88,7 +90,7 @@ class LaneSender:
             offset = offsets.get(index)
             for position, (param, source) in enumerate(message.pieces, start=1):
                 last = (index, position) == (len(messages) - 1, len(message.pieces))
-                self._pieces[param].append(_Piece(index, offset, source, last))
+                self._parts[param].append(_MessagePart(index, offset, source, last))
                 offset = offset + source.nbytes if offset is not None else None
         self._offsets.append(offsets)
         return used
@@ -104,7 +106,7 @@ class LaneSender:
 
     def add(self, param: int, tensor: torch.Tensor) -> Iterator[OutgoingBucket]:
         """Take the parts that the lane needs of a full tensor; yield every bucket that they complete."""
-        pieces = self._pieces.get(param, ())
+        pieces = self._parts.get(param, ())
         if pieces and not tensor.is_contiguous():
             tensor = tensor.contiguous()
         for piece in pieces:
@@ -138,7 +140,7 @@ class LaneSender:
             with self._timer("verify"):
                 self._sums += [checksum(tensor) for tensor in bucket.tensors]
         with self._timer("wire"):
-            work = self._group.broadcast(bucket.tensors, root=0, deadline=self._deadline)
+            work = broadcast_bucket(self._group, self._lane, bucket.number, bucket.tensors, deadline=self._deadline)
             if in_ring:
                 self.ring.put(bucket.number, work, keep_alive=bucket)
             else:

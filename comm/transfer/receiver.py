@@ -12,6 +12,7 @@ from rollcast.comm.device.storage import aligned, flat_bytes
 from rollcast.comm.plan.buckets import Message
 from rollcast.comm.plan.transfer import Lane
 from rollcast.comm.report import PhaseTimer
+from rollcast.comm.transfer.bucket_work import broadcast_bucket
 from rollcast.comm.transfer.buffer_ring import DEPTH, BufferRing
 from rollcast.comm.transfer.landing import Landing, VerifyError
 from rollcast.comm.transport import Group, PersistentTensors, Work
@@ -83,7 +84,7 @@ class WeightReceiver:
         for bucket in self._prefetched:
             if count and not group.ready():
                 break
-            bucket.work = group.broadcast(bucket.posted, root=0, deadline=deadline)
+            bucket.work = broadcast_bucket(group, self.lane, count, bucket.posted, deadline=deadline)
             count += 1
         self.prefetch_count = count
 
@@ -145,9 +146,9 @@ class WeightReceiver:
         with timer("verify"):
             try:
                 self._landing.begin(verifying=True)
-                for planned, bucket in zip(self.lane.buckets, self._buckets, strict=True):
+                for number, (planned, bucket) in enumerate(zip(self.lane.buckets, self._buckets, strict=True)):
                     tensors = [torch.empty(slot.nbytes, dtype=torch.uint8, device=self.device) for slot in bucket]
-                    group.broadcast(tensors, root=0, deadline=deadline).wait(deadline)
+                    broadcast_bucket(group, self.lane, number, tensors, deadline=deadline).wait(deadline)
                     for slot, tensor in zip(bucket, tensors, strict=True):
                         slot.verify(tensor)
                     for stage in planned.finishes:
@@ -161,7 +162,8 @@ class WeightReceiver:
         """Start to receive bucket number `number`, if there is one and it is not among those `prefetched`."""
         if prefetched <= number < len(self._buckets):
             self._ring.wait(number, deadline=deadline)
-            self._ring.put(number, group.broadcast(self._bind(number).posted, root=0, deadline=deadline))
+            posted = self._bind(number).posted
+            self._ring.put(number, broadcast_bucket(group, self.lane, number, posted, deadline=deadline))
 
     def _bind(self, number: int) -> "BoundBucket":
         """Return the views of a bucket's messages, made at the first call."""

@@ -23,8 +23,8 @@ class WeightSource:
     """The trainer's weights, in manifest order.
 
         source = WeightSource(model, dtype=torch.bfloat16)
-        for spec, tensor in source:         # on every trainer rank: gathering is collective
-            ...
+        for param, tensor in source.gather([2, 0]):     # on every trainer rank: gathering is collective
+            source.manifest.specs[param].name           # of the third parameter, then of the first
 
     Takes an `nn.Module` (plain, DDP, compiled, or sharded with FSDP2) or a state dict of tensors; sharded
     tensors (`DTensor`) are gathered one at a time. Parameters and persistent buffers are sent; a tensor that
@@ -50,11 +50,6 @@ class WeightSource:
     def settings(self) -> str:
         """Text that must be equal on all trainer ranks, besides the manifest."""
         return ""
-
-    def __iter__(self) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
-        """Yield (spec, full tensor) of every parameter in manifest order; see `gather`. Collective."""
-        for param, tensor in self.gather(range(len(self.manifest.specs))):
-            yield self.manifest.specs[param], tensor
 
     def gather(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (index, full tensor on the trainer's device, still in the trainer's dtype) in the given order.

@@ -1,6 +1,6 @@
 """Move bytes between ranks: one `Group` interface over NCCL, CUDA IPC and gloo (both sides)."""
 
-from rollcast.comm.transport.base import Group, PersistentTensors, Work
+from rollcast.comm.transport.base import Group, PersistentTensors, TensorError, Work
 from rollcast.comm.transport.rendezvous import host_store, join_group
 
-__all__ = ["Group", "PersistentTensors", "Work", "host_store", "join_group"]
+__all__ = ["Group", "PersistentTensors", "TensorError", "Work", "host_store", "join_group"]

@@ -30,13 +30,24 @@ class PersistentTensors(list[torch.Tensor]):
         return None if cached is None else cached[1]
 
 
+class TensorError(RuntimeError):
+    """A broadcast failed because of one of its tensors."""
+
+    def __init__(self, index: int, text: str) -> None:
+        """`index` is the tensor's in the broadcast, `text` what is wrong with it."""
+        super().__init__(f"tensor {index}: {text}")
+        self.index = index
+        self.text = text
+
+
 class Work(Protocol):
     """A grouped broadcast under way."""
 
     def wait(self, deadline: Deadline) -> None:
         """Block until the tensors may be read (on the root: overwritten).
 
-        Raises `RuntimeError` when a peer has left, `TimeoutError` when the deadline passes.
+        Raises `RuntimeError` when a peer has left (`TensorError` where one tensor is at fault), `TimeoutError` when
+        the deadline passes.
         """
         ...
 

@@ -21,10 +21,11 @@ from rollcast.comm.deadline import Deadline, poll_sleep
 from rollcast.comm.device.fused_copy import GraphCopy
 from rollcast.comm.device.nvml import gpu_uuid
 from rollcast.comm.device.storage import aligned
-from rollcast.comm.transport.base import PersistentTensors
+from rollcast.comm.transport.base import PersistentTensors, TensorError
 from rollcast.comm.transport.cuda_event import PEER_CHECK_S, EventWork
 from rollcast.comm.transport.ipc_memory import HandleCache, IpcBuffers, check_allocations, exportable_bytes
 from rollcast.comm.transport.peers import Peer, PeerError, exchange_peers, host_name
+from rollcast.comm.transport.sockets import connect_socket, disable_nagle
 
 ACK = b"read"
 BROADCAST = "a broadcast over CUDA IPC"
@@ -132,7 +133,8 @@ class IpcGroup:
         persistent = tensors if isinstance(tensors, PersistentTensors) else None
         known: tuple[bytes, IpcBuffers] | None = None if persistent is None else persistent.cached(self._cache_key)
         message = known[0] if known else self._describe(tensors, deadline)
-        # Other processes do not wait for this one's streams: the bytes must be there before they hear of them.
+        # Other processes do not wait for this one's streams: the bytes must be there before they receive
+        # their description.
         torch.cuda.current_stream(self.device).synchronize()
         for connection in range(len(self._connections)):
             self.send_message(connection, message)
@@ -184,8 +186,12 @@ class IpcGroup:
         if isinstance(tensors, PersistentTensors) and (known := tensors.cached(key)):
             return known
         buffers = msgspec.msgpack.decode(message, type=IpcBuffers)
-        if [nbytes for _, _, nbytes in buffers.parts] != [tensor.numel() for tensor in tensors]:
-            raise RuntimeError("the sender broadcasts tensors of other sizes than this rank expects")
+        sizes = [nbytes for _, _, nbytes in buffers.parts]
+        if len(sizes) != len(tensors):
+            raise RuntimeError(f"the sender broadcasts {len(sizes)} tensors, and this rank expects {len(tensors)}")
+        for index, (nbytes, tensor) in enumerate(zip(sizes, tensors, strict=True)):
+            if nbytes != tensor.numel():
+                raise TensorError(index, f"the sender has {nbytes} bytes, and this rank expects {tensor.numel()}")
         bases = [self._map(*allocation) for allocation in buffers.allocations]
         pairs = zip(tensors, buffers.parts, strict=True)
         reads = [(tensor.data_ptr(), bases[index] + first, nbytes) for tensor, (index, first, nbytes) in pairs]
@@ -262,21 +268,14 @@ def accept_receivers(store: dist.Store, size: int, deadline: Deadline) -> list[s
             accepted.settimeout(timeout.total_seconds())
             by_rank[int.from_bytes(accepted.recv(4, socket.MSG_WAITALL), "big")] = accepted
     for each in by_rank.values():
-        _configure(each)
+        each.settimeout(None)
+        disable_nagle(each)
     return [by_rank[rank] for rank in range(1, size)]
 
 
 def connect_to_sender(store: dist.Store, rank: int, deadline: Deadline) -> socket.socket:
     """Return a receiver's connection to the sender."""
     store.wait([SENDER_PORT], deadline.left("the sender of a lane"))
-    timeout_s = deadline.left("the sender of a lane").total_seconds()
-    connection = socket.create_connection(("127.0.0.1", int(store.get(SENDER_PORT))), timeout_s)
+    connection = connect_socket(f"127.0.0.1:{int(store.get(SENDER_PORT))}", deadline)
     connection.sendall(rank.to_bytes(4, "big"))
-    _configure(connection)
     return connection
-
-
-def _configure(connection: socket.socket) -> None:
-    connection.settimeout(None)
-    # Or the second small message in a row would wait for the peer's delayed acknowledgement of the first: 40 ms.
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -10,6 +10,8 @@ import msgspec
 import torch
 from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]  (CUDA machines only)
 
+from rollcast.comm.transport.base import TensorError
+
 # CUpointer_attribute of the driver's API.
 BUFFER_ID, LEGACY_IPC_CAPABLE, RANGE_START, RANGE_SIZE = 7, 10, 11, 12
 # The driver puts smaller allocations together in one block, and an IPC handle exports the whole block.
@@ -39,10 +41,11 @@ class IpcBuffers(msgspec.Struct, frozen=True, array_like=True):
 
 
 def check_allocations(buffers: IpcBuffers) -> None:
-    """Raise `RuntimeError` if memory was freed since `buffers` was made, whatever is at its addresses now."""
-    for _, start, _, number in buffers.allocations:
+    """Raise `TensorError` if memory was freed since `buffers` was made, whatever is at its addresses now."""
+    for allocated, (_, start, _, number) in enumerate(buffers.allocations):
         if allocation_number(start) != number:
-            raise RuntimeError("the weights are in other memory than at the last sync, at the same address: sync again")
+            tensor = next(index for index, part in enumerate(buffers.parts) if part[0] == allocated)
+            raise TensorError(tensor, "is in other memory than at the last sync, at the same address: sync again")
 
 
 class HandleCache:

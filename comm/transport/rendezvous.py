@@ -13,6 +13,7 @@ from torch import distributed as dist
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.transport.base import Group
 from rollcast.comm.transport.gloo import GlooGroup
+from rollcast.comm.transport.sockets import connect_socket, split_address
 
 TRANSPORTS = ("gloo", "nccl", "ipc")
 
@@ -25,11 +26,10 @@ def host_store(host: str, *, timeout_s: float) -> tuple[dist.TCPStore, str]:
 
 def connect_store(address: str, deadline: Deadline) -> dist.TCPStore:
     """Connect to a hosted store. Raises `OSError` at once if nobody listens at `address` any more."""
-    host, _, port = address.rpartition(":")
-    timeout = deadline.left("the weight group's store")
     # torch itself retries a refused connection until long after its timeout.
-    socket.create_connection((host, int(port)), timeout.total_seconds()).close()
-    return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+    connect_socket(address, deadline).close()
+    timeout = deadline.left("the weight group's store")
+    return dist.TCPStore(*split_address(address), is_master=False, timeout=timeout)
 
 
 def join_group(

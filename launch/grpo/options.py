@@ -88,7 +88,7 @@ class GrpoConfig:
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must be at least 0, got {self.max_staleness}")
         if self.deterministic and self.mode != "on_policy":
-            raise ValueError(f"deterministic needs mode on_policy: in mode {self.mode}, what meets what is chance")
+            raise ValueError(f"deterministic needs mode on_policy: in mode {self.mode}, results depend on timing")
         if self.mode == "async" and self.pause_mode == "abort":
             raise ValueError("pause_mode abort would cut off what mode async generates during a sync: keep or wait")
 

@@ -2,13 +2,13 @@
 
 import json
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rollcast.rollout.pool import PrefixHolders
+
 # About 16 tokens, vLLM's block: shorter beginnings are not in its prefix cache either.
 BLOCK_CHARS = 64
-MAX_BLOCKS = 1 << 18
 # How many requests more than the least loaded engine the holder of a prefix may have: this many, or this share.
 SLACK_REQUESTS = 2
 SLACK_SHARE = 0.25
@@ -29,8 +29,7 @@ class Balancer:
 
     def __init__(self, engines: int) -> None:
         self._loads = [0] * engines
-        # Hash of all blocks up to one -> the engine that computed them; least recently used first.
-        self._holders: OrderedDict[int, int] = OrderedDict()
+        self._holders = PrefixHolders(block=BLOCK_CHARS)
         self._avoided_until = [0.0] * engines
 
     @property
@@ -42,7 +41,7 @@ class Balancer:
         """Return all engines in the order in which to try them. `prefix` is what `prompt_prefix` returns."""
         engines = sorted(range(len(self._loads)), key=self._loads.__getitem__)
         least = self._loads[engines[0]]
-        holder = self._holder(prefix)
+        holder = self._holders.holder(prefix)
         if holder is not None and self._loads[holder] <= least + max(SLACK_REQUESTS, SLACK_SHARE * least):
             engines.remove(holder)
             engines.insert(0, holder)
@@ -53,7 +52,7 @@ class Balancer:
     def request(self, engine: int, prefix: str) -> Iterator[None]:
         """Count a request for as long as the context is open; later ones with the same beginning prefer the engine."""
         self._loads[engine] += 1
-        self._hold(prefix, engine)
+        self._holders.hold(prefix, engine)
         try:
             yield
         finally:
@@ -62,22 +61,6 @@ class Balancer:
     def avoid(self, engine: int) -> None:
         """Try this engine last for a while: it could not be reached, or refused."""
         self._avoided_until[engine] = time.monotonic() + AVOID_S
-
-    def _hold(self, prefix: str, engine: int) -> None:
-        for block in _blocks(prefix):
-            self._holders[block] = engine
-            self._holders.move_to_end(block)
-        while len(self._holders) > MAX_BLOCKS:
-            self._holders.popitem(last=False)
-
-    def _holder(self, prefix: str) -> int | None:
-        """Return the engine that holds the longest known beginning."""
-        holder = None
-        for block in _blocks(prefix):
-            if block not in self._holders:
-                break
-            holder = self._holders[block]
-        return holder
 
 
 def prompt_prefix(body: bytes) -> str:
@@ -92,11 +75,3 @@ def prompt_prefix(body: bytes) -> str:
     if not isinstance(content, dict):
         return ""
     return json.dumps([content[field] for field in PROMPT_FIELDS if field in content])
-
-
-def _blocks(prefix: str) -> Iterator[int]:
-    """Yield a hash of each beginning of whole blocks."""
-    before = 0
-    for start in range(0, len(prefix) - BLOCK_CHARS + 1, BLOCK_CHARS):
-        before = hash((before, prefix[start : start + BLOCK_CHARS]))
-        yield before

@@ -6,6 +6,7 @@ from typing import Any
 
 from rollcast.rollout.config import START_METHOD_VARIABLE, RolloutConfig
 from rollcast.rollout.lora import lora_args
+from rollcast.rollout.protocol.messages import SLEEP_TAGS
 
 
 class LLMControl:
@@ -19,7 +20,7 @@ class LLMControl:
         self._core = llm.engine_core
         self.paused = False
         self.asleep: frozenset[str] = frozenset()
-        """What has freed its memory: "weights", "kv_cache"."""
+        """What has freed its memory: some of `SLEEP_TAGS`."""
 
     async def pause(self, mode: str, *, timeout_s: float) -> None:
         """Stop scheduling, in vLLM's mode "keep" or "wait". Raises `TimeoutError`, with the mode in its text."""
@@ -46,7 +47,7 @@ class LLMControl:
 
     def mark_asleep(self) -> None:
         """Count weights and KV cache as freed, before `sleep` frees them."""
-        self.asleep = frozenset({"weights", "kv_cache"})
+        self.asleep = SLEEP_TAGS
 
     async def sleep(self, level: int) -> None:
         """Free memory, by vLLM's sleep levels."""
@@ -90,12 +91,13 @@ def build_async_llm(config: RolloutConfig) -> Any:
         "disable_log_stats": True,
     }
     engine_args = AsyncEngineArgs(**args | optional | dict(config.engine_args))
+    start_method = os.environ.get(START_METHOD_VARIABLE)
     # The defaults of vLLM's `LLM` for sequences and tokens in a step: those of an `AsyncLLM` are an eighth of
     # them on an H200.
-    start_method = os.environ[START_METHOD_VARIABLE]
     vllm_config = engine_args.create_engine_config(UsageContext.LLM_CLASS)
-    # vLLM's platform for CPUs has set "spawn".
-    os.environ[START_METHOD_VARIABLE] = start_method
+    if start_method is not None:
+        # vLLM's platform for CPUs has set "spawn".
+        os.environ[START_METHOD_VARIABLE] = start_method
     llm = AsyncLLM.from_vllm_config(
         vllm_config,
         usage_context=UsageContext.LLM_CLASS,

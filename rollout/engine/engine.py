@@ -53,9 +53,9 @@ class Engine:
             self._index, pid, requests.version, str(refusal) if refusal else None, requests.count, openai
         )
 
-    async def watch(self) -> None:
+    async def connect_workers(self) -> None:
         """Connect to the workers. Called before the first request."""
-        await self.workers.watch()
+        await self.workers.connect()
         # vLLM asks its processes the first time; later requests then start without that wait.
         await self._llm.get_supported_tasks()
 
@@ -93,7 +93,7 @@ class Engine:
         self._control.mark_asleep()
         self._batches.abort(None)
         await self._requests.abort_all()
-        await self.workers.call("rollcast_release")
+        await self.workers.call("rollcast_release", phase="sleep")
         await self._control.sleep(level)
         if level > 1:
             self.sync.discard_weights("dropped its weights in sleep(level=2): wake it up and sync")

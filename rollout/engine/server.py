@@ -54,8 +54,24 @@ from rollcast.rollout.protocol.messages import (
 
 PR_SET_PDEATHSIG = 1
 HEALTH_POLL_S = 0.2
-# `Failure.phase` of requests whose phase is not the request's own name.
-PHASES = {RunBatch: "generate", JoinGroup: "join", AbortSync: "abort", WakeUp: "wake_up"}
+# `Failure.phase` of each request.
+PHASES: dict[type[Request], str] = {
+    Generate: "generate",
+    RunBatch: "generate",
+    Abort: "generate",
+    Prepare: "prepare",
+    DescribeLanding: "prepare",
+    JoinGroup: "join",
+    Receive: "receive",
+    Commit: "commit",
+    Finalize: "finalize",
+    AbortSync: "abort",
+    Describe: "describe",
+    Fingerprint: "fingerprint",
+    Call: "call",
+    Sleep: "sleep",
+    WakeUp: "wake_up",
+}
 
 
 class EngineServer:
@@ -91,11 +107,11 @@ class EngineServer:
         phase = ""
         try:
             request = self._decoder.decode(payload)
-            phase = PHASES.get(type(request), type(request).__name__.lower())
+            phase = PHASES[type(request)]
             reply = await (
                 self._generate(request, partial(self._send, writer, request_id))
                 if isinstance(request, Generate)
-                else self._carry_out(request)
+                else self._carry_out(request, phase)
             )
         except asyncio.CancelledError:
             reply = self._failed("the request was cancelled", phase)
@@ -128,7 +144,7 @@ class EngineServer:
         pool_request = PoolRequest(request.request_id, request.prompt, request.sampling, request.priority, emit)
         return Generated(await self._engine.generate(pool_request, batch=request.batch))
 
-    async def _carry_out(self, request: Request) -> Reply:
+    async def _carry_out(self, request: Request, phase: str) -> Reply:
         match request:
             case RunBatch():
                 await self._engine.run_batch(request.batch)
@@ -137,7 +153,7 @@ class EngineServer:
             case Prepare():
                 return Prepared(await self._engine.sync.prepare(request.manifest))
             case DescribeLanding():
-                return LandingPlans(await self._engine.workers.call("rollcast_describe_landing"))
+                return LandingPlans(await self._engine.workers.call("rollcast_describe_landing", phase=phase))
             case JoinGroup():
                 await self._engine.sync.join(request)
             case Receive():
@@ -155,9 +171,9 @@ class EngineServer:
             case WakeUp():
                 await self._engine.wake_up(request.tags)
             case Call():
-                return Called(await self._engine.workers.call(request.method, *request.args))
+                return Called(await self._engine.workers.call(request.method, *request.args, phase=phase))
             case Fingerprint():
-                return Fingerprints(await self._engine.workers.call("rollcast_fingerprint"))
+                return Fingerprints(await self._engine.workers.call("rollcast_fingerprint", phase=phase))
         return Done()
 
 
@@ -166,7 +182,7 @@ async def serve(spec: EngineSpec, ready_fd: int) -> None:
     openai = None if spec.openai_port is None else OpenAIServer(spec)
     engine = Engine.start(spec)
     try:
-        await engine.watch()
+        await engine.connect_workers()
         if openai is not None:
             await engine.serve_openai(openai)
         # Objects from start-up stay alive: a collection that scanned them would stop the loop for half a second.

@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 
 from rollcast.rollout.errors import EngineError, Failure
-from rollcast.rollout.protocol.worker_channel import WorkerChannel, WorkerError
+from rollcast.rollout.protocol.messages import ReceiveResult
+from rollcast.rollout.protocol.worker_channel import CallOutcome, WorkerChannel, WorkerError
 
 
 class Workers:
@@ -19,26 +20,33 @@ class Workers:
         self._slots = slots
         self._channel = WorkerChannel(count)
 
-    async def watch(self) -> None:
+    async def connect(self) -> None:
         """Make the workers count tokens and connect to the side channel. Called before the first request."""
-        await self.call("rollcast_watch", await self._channel.open(), self._count, self._slots)
+        await self.call("rollcast_connect", await self._channel.open(), self._count, self._slots, phase="start")
 
-    async def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every worker's extension, through vLLM. Raises `EngineError` if any worker fails."""
+    async def call(self, method: str, *args: Any, phase: str) -> list[Any]:
+        """Call a method of every worker's extension, through vLLM. Return the results in the order of ranks.
+
+        Raises `EngineError` if any worker fails; `phase` is that of its failures.
+        """
         try:
-            outcomes = await self._llm.collective_rpc("rollcast_call", args=(method, args))
+            replies = await self._llm.collective_rpc("rollcast_call", args=(method, args, phase))
         except Exception as error:
-            raise self._error([Failure(text=str(error) or type(error).__name__)]) from error
-        if failures := [msgspec.convert(failure, Failure) for failure, _ in outcomes if failure is not None]:
+            raise self._error([Failure(text=str(error) or type(error).__name__, phase=phase)]) from error
+        outcomes = [msgspec.msgpack.decode(reply, type=CallOutcome) for reply in replies]
+        if failures := [outcome.failure for outcome in outcomes if outcome.failure is not None]:
             raise self._error(failures)
-        return [result for _, result in outcomes]
+        return [outcome.result for outcome in outcomes]
 
-    async def call_directly(self, method: str, *, timeout_s: float, **arguments: Any) -> list[Any]:
+    async def call_directly(
+        self, method: str, *, phase: str, timeout_s: float, **arguments: Any
+    ) -> list[ReceiveResult]:
         """Call a method of every worker's `WorkerSync` at once, whatever vLLM is doing; else as `call`."""
         try:
-            return await self._channel.call(method, timeout_s=timeout_s, **arguments)
+            results = await self._channel.call(method, phase=phase, timeout_s=timeout_s, **arguments)
         except WorkerError as error:
             raise self._error(error.failures) from None
+        return msgspec.convert(results, list[ReceiveResult])
 
     def _error(self, failures: Iterable[Failure]) -> EngineError:
         failures = [msgspec.structs.replace(failure, engine=self._index) for failure in failures]

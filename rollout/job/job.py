@@ -17,7 +17,7 @@ from rollcast.comm.agreement import Agreement
 from rollcast.comm.transport.rendezvous import reachable_host
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.job.preflight import describe, preflight
-from rollcast.rollout.job.supervisor import lend_gpu, supervise_engine
+from rollcast.rollout.job.supervisor import supervise_engine, wait_for_job_end
 from rollcast.rollout.job.world import World, narrow_to_trainers
 from rollcast.rollout.orchestrator import Mode, Orchestrator
 from rollcast.rollout.orchestrator.generation import Batch
@@ -177,7 +177,7 @@ def join(config: RolloutConfig) -> Iterator[Job]:
             if world.is_leader:
                 supervise_engine(config, world, store)
             else:
-                lend_gpu(EngineRegistry(store, engines=world.engines))
+                wait_for_job_end(EngineRegistry(store, engines=world.engines))
             yield Job(config=config, world=world, ranks=ranks, _pool=None, _agreement=None, _stack=stack)
 
 
@@ -212,6 +212,6 @@ def _train(
 
 def _wait_for_engines(registry: EngineRegistry) -> None:
     """Wait until all engines have stopped: rank 0 may host the store, and the user's shell should not return before."""
-    end = time.monotonic() + STOP_TIMEOUT_S
-    while not registry.all_stopped() and time.monotonic() < end:
+    deadline = Deadline(STOP_TIMEOUT_S)
+    while not registry.all_stopped() and deadline.left_s():
         time.sleep(0.05)

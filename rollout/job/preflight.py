@@ -4,7 +4,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import distributed as dist
 
 from rollcast.comm.device import nvml
-from rollcast.comm.transport.peers import PeerError, check_settings, nccl_settings
+from rollcast.comm.transport.peers import PeerError, check_settings, host_name, nccl_settings
 from rollcast.comm.transport.rendezvous import reachable_host
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import PreflightError
@@ -114,12 +113,12 @@ def inspect_rank(config: RolloutConfig, world: World, *, device: str) -> RankInf
         check_model(config)
         return rank_info(world, device=device)
     except PreflightError as error:
-        return RankInfo(socket.gethostname(), None, 0, problem=str(error))
+        return RankInfo(host_name(), None, 0, problem=str(error))
 
 
 def rank_info(world: World, *, device: str) -> RankInfo:
     """Return what this rank runs on."""
-    host = socket.gethostname()
+    host = host_name()
     if device == "cpu" or not world.has_gpu(world.rank):
         return RankInfo(host, None, 0, reachable_host(world.master_addr))
     try:

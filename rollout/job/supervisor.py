@@ -19,7 +19,7 @@ from torch import distributed as dist
 from rollcast.comm import Deadline
 from rollcast.comm.transport.rendezvous import reachable_host
 from rollcast.rollout.config import CPU_WEIGHTS_VARIABLE, START_METHOD_VARIABLE, RolloutConfig
-from rollcast.rollout.errors import EngineError
+from rollcast.rollout.errors import EngineError, Failure
 from rollcast.rollout.job.world import World, without_torchrun
 from rollcast.rollout.protocol.messages import EngineSpec
 from rollcast.rollout.protocol.registry import EngineRegistry
@@ -38,6 +38,7 @@ class EngineProcess:
 
     def __init__(self, spec: EngineSpec, *, environ: dict[str, str], log: Path) -> None:
         self.log = log
+        self._engine = spec.engine
         read_fd, write_fd = os.pipe()
         with log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -57,18 +58,23 @@ class EngineProcess:
             stdin.write(msgspec.json.encode(spec, enc_hook=os.fspath))
 
     def wait_ready(self, deadline: Deadline, signals: "Signals") -> str:
-        """Wait until the engine serves, and return its address. Raises `EngineError` with the log's end on failure."""
+        """Wait until the engine serves, and return its address. Raises `EngineError` with one failure otherwise."""
         while not select.select([self._ready], [], [], POLL_S)[0]:
             signals.exit_if_received()
-            # Its forked children keep the pipe open.
+            # Forked workers inherit the pipe: it stays open when the engine process ends.
             if not self.running:
-                raise EngineError(f"ended while starting\n{self.log_tail()}")
+                raise EngineError(failures=[self.failure("ended while starting", phase="start")])
             if deadline.left_s() == 0.0:
-                raise EngineError(f"not ready within {deadline.timeout_s:g} s\n{self.log_tail()}")
+                text = f"not ready within {deadline.timeout_s:g} s"
+                raise EngineError(failures=[self.failure(text, phase="start")])
         address = self._ready.readline().strip()
         if not address:
-            raise EngineError(f"ended while starting\n{self.log_tail()}")
+            raise EngineError(failures=[self.failure("ended while starting", phase="start")])
         return address
+
+    def failure(self, text: str, *, phase: str) -> Failure:
+        """Return a failure of this engine, with the end of its log."""
+        return Failure(text=f"{text}\n{self.log_tail()}", engine=self._engine, phase=phase)
 
     @property
     def running(self) -> bool:
@@ -86,8 +92,8 @@ class EngineProcess:
         """Stop the engine process and all processes below it. Idempotent."""
         if self.running:
             self._process.terminate()
-            deadline = time.monotonic() + STOP_TIMEOUT_S
-            while self.running and time.monotonic() < deadline:
+            deadline = Deadline(STOP_TIMEOUT_S)
+            while self.running and deadline.left_s():
                 time.sleep(POLL_S)
         # The rest of the session: vLLM's processes survive an engine process that was killed.
         with suppress(ProcessLookupError):
@@ -112,16 +118,17 @@ def supervise_engine(config: RolloutConfig, world: World, store: dist.Store) -> 
             registry.announce(world.engine, engine.wait_ready(Deadline(config.start_timeout_s), signals))
             _wait(registry, signals, engine)
             if not engine.running:
-                registry.report_lost(world.engine, f"its process ended\n{engine.log_tail()}")
+                registry.report_lost(engine.failure("lost: its process ended", phase="run"))
         except EngineError as error:
-            registry.report_lost(world.engine, str(error))
+            (failure,) = error.failures
+            registry.report_lost(failure)
         finally:
             engine.stop()
             registry.report_stopped()
         _wait(registry, signals, None)
 
 
-def lend_gpu(registry: EngineRegistry) -> None:
+def wait_for_job_end(registry: EngineRegistry) -> None:
     """Wait until the trainers are done (the engine's other ranks, whose GPUs its workers use)."""
     with Signals() as signals:
         _wait(registry, signals, None)
@@ -135,7 +142,7 @@ def _wait(registry: EngineRegistry, signals: "Signals", engine: EngineProcess | 
 
 
 def engine_environ(config: RolloutConfig, world: World) -> dict[str, str]:
-    """Return the engine's environment: none of torchrun's variables, its own GPUs or cores."""
+    """Return the engine's environment: none of torchrun's variables, its own GPUs, or its share of the threads."""
     environ = without_torchrun(os.environ)
     environ[CPU_WEIGHTS_VARIABLE] = config.cpu_weights
     if config.resolved_device() == "cuda":

@@ -107,7 +107,7 @@ class World:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank runs its engine (the others only lend it their GPUs)."""
+        """Whether this rank runs its engine, which also uses the GPUs of its other ranks."""
         return not self.is_trainer and (self.rank - self.trainers) % self.tensor_parallel_size == 0
 
     def engine_ranks(self, engine: int) -> range:

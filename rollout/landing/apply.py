@@ -9,7 +9,7 @@ from torch import nn
 from rollcast.comm import VerifyError
 from rollcast.comm.device.storage import ModuleSnapshot, flat_bytes, storage_id
 from rollcast.rollout.errors import LandingError
-from rollcast.rollout.landing.plan import LandingPlan
+from rollcast.rollout.landing.plan import LandingPlan, input_index, input_name
 from rollcast.rollout.landing.tape import replay
 from rollcast.rollout.landing.vllm_reload import (
     Tensors,
@@ -166,15 +166,15 @@ class StagedModule:
             self._staging[name] = materialize(meta, device, memory=memory)
         for index, region in enumerate(self._stage.inputs):
             piece = torch.empty_strided(region.shape, region.stride, dtype=region.dtype, device=device)
-            self._staging[f"input/{index}"] = piece
+            self._staging[input_name(index)] = piece
         replay(self._fills, self._tensors())
 
     def _tensors(self) -> dict[tuple[str, int | str], torch.Tensor]:
         device = next(iter(self._live.values())).device
         tensors: dict[tuple[str, int | str], torch.Tensor] = {}
         for name, tensor in self._staging.items():
-            kind, _, index = name.rpartition("/")
-            tensors[("input", int(index)) if kind else ("live", name)] = tensor.data
+            index = input_index(name)
+            tensors[("live", name) if index is None else ("input", index)] = tensor.data
         for index, value in enumerate(self._plan.values):
             tensors["value", index] = value.to(device)
         return tensors

@@ -19,7 +19,7 @@ from rollcast.comm import Manifest, Move, Region
 from rollcast.comm.device.storage import tensor_id
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.coverage import ElementSet
-from rollcast.rollout.landing.plan import Fill, LandingPlan, Stage, Target
+from rollcast.rollout.landing.plan import Fill, LandingPlan, Stage, Target, input_name
 from rollcast.rollout.landing.post_load import derived_attention, staged_modules
 from rollcast.rollout.landing.recorder import Recorder
 from rollcast.rollout.landing.tape import Op, Ref, mark_transforms
@@ -194,7 +194,8 @@ def _stage_contents(recording: Recording, owned: set[str], number: int) -> _Stag
             tape.append(op.map(as_input))
     inputs = tuple(_input_region(ref.region) for ref in sources)
     for index, (ref, region) in enumerate(zip(sources, inputs, strict=True)):
-        moves.append(Move(int(ref.key), replace(region, offset=ref.region.offset), f"input/{index}", region, number))
+        source = replace(region, offset=ref.region.offset)
+        moves.append(Move(int(ref.key), source, input_name(index), region, number))
     return _StageContents(moves, fills, inputs, tuple(tape))
 
 

@@ -42,7 +42,7 @@ class OfflineModels:
 
     models = OfflineModels(any_model_folder)
     model = models.build(folder, rank=1, size=2)           # on meta, nothing loaded
-    model = models.load(folder, rank=1, size=2)            # as an engine's worker has it
+    with models.as_rank(folder, rank=1, size=2): ...       # what compiles a landing plan for it
 
     Further settings are vLLM's, such as `enable_expert_parallel=True`.
     """
@@ -57,12 +57,12 @@ class OfflineModels:
             init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
 
-    def config(self, folder: str | Path, *, size: int, **settings: Any) -> Any:
+    def config(self, folder: str | Path, *, size: int) -> Any:
         """Return vLLM's configuration of the model for `size` tensor-parallel workers."""
         from vllm import EngineArgs
 
         arguments: dict[str, Any] = {"enforce_eager": True, "skip_tokenizer_init": True}
-        arguments |= self._settings | settings
+        arguments |= self._settings
         config = EngineArgs(model=str(folder), **arguments).create_engine_config()
         # Afterwards: vLLM would look for as many devices.
         config.parallel_config.tensor_parallel_size = size
@@ -74,33 +74,23 @@ class OfflineModels:
 
         Raises `PreflightError` if vLLM cannot split it among `size` workers.
         """
-        config = self.config(folder, size=size)
         # On the host, where untouched memory takes none: on meta, models that compute tables would fail.
-        with self._as_rank(rank, size, config), _default_dtype(config.model_config.dtype), torch.device("cpu"):
+        with (
+            self.as_rank(folder, rank=rank, size=size) as config,
+            _default_dtype(config.model_config.dtype),
+            torch.device("cpu"),
+        ):
             model = _initialize(config, f"{folder} as worker {rank} of {size}")
         move_to_meta(model)
         return model
 
-    def load(self, folder: str | Path, *, rank: int = 0, size: int = 1, **settings: Any) -> Any:
-        """Return the model with the folder's weights, processed as in an engine."""
-        from vllm.model_executor.model_loader import get_model
-
-        config = self.config(folder, size=size, **settings)
-        with self._as_rank(rank, size, config):
-            return get_model(vllm_config=config)
-
     @contextmanager
-    def as_rank(self, folder: str | Path, *, rank: int, size: int, **settings: Any) -> Iterator[Any]:
+    def as_rank(self, folder: str | Path, *, rank: int, size: int) -> Iterator[Any]:
         """Make loaders and processing take this process for the rank. Yields vLLM's configuration."""
-        config = self.config(folder, size=size, **settings)
-        with self._as_rank(rank, size, config):
-            yield config
-
-    @contextmanager
-    def _as_rank(self, rank: int, size: int, config: Any) -> Iterator[None]:
         from vllm.config import set_current_vllm_config
         from vllm.distributed import parallel_state
 
+        config = self.config(folder, size=size)
         state: Any = parallel_state
         groups = [group for group in (state._TP, getattr(state, "_EP", None)) if group is not None]
         saved = [(group, group.rank_in_group, group.world_size, group.ranks) for group in groups]
@@ -108,7 +98,7 @@ class OfflineModels:
             for group in groups:
                 group.rank_in_group, group.world_size, group.ranks = rank, size, list(range(size))
             with set_current_vllm_config(config):
-                yield
+                yield config
         finally:
             for group, *before in saved:
                 group.rank_in_group, group.world_size, group.ranks = before

@@ -41,11 +41,22 @@ class Stage:
     """"tape": operations compute its weights from what arrives. "staged": vLLM processes them after loading."""
     reasons: tuple[str, ...]
     inputs: tuple[Region, ...] = ()
-    """Parts of sources that the operations read; moves name them `input/0`, `input/1`, ..."""
+    """Parts of sources that the operations read; moves name them by `input_name` of their index."""
     tape: tuple[Op, ...] = ()
     """Replayed when all moves have arrived."""
     shares: tuple[tuple[str, str], ...] = ()
     """(own tensor, live tensor that shares its memory): tied weights."""
+
+
+def input_name(index: int) -> str:
+    """Return the name by which moves address one of `Stage.inputs`."""
+    return f"input/{index}"
+
+
+def input_index(name: str) -> int | None:
+    """Return the index that `input_name` has encoded; None for the name of one of the model's tensors."""
+    kind, _, index = name.rpartition("/")
+    return int(index) if kind else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rollcast.comm import Region
+from rollcast.comm.device.storage import flat_bytes
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.coverage import ElementSet
 
@@ -144,8 +145,8 @@ def to_plain(value: Any) -> Any:
             rest = [to_plain(value.results), value.writes, value.transforms]
             return {"op": [value.func, to_plain(list(value.args)), to_plain(dict(value.kwargs)), *rest]}
         case torch.Tensor():
-            flat = value.detach().contiguous().view(-1).view(torch.uint8).cpu()
-            return {"tensor": [list(value.shape), _torch_name(value.dtype), flat.numpy().tobytes()]}
+            content = flat_bytes(value).cpu().numpy().tobytes()
+            return {"tensor": [list(value.shape), _torch_name(value.dtype), content]}
         case torch.dtype() | torch.memory_format() | torch.layout():
             return {"torch": _torch_name(value)}
         case list() | tuple():

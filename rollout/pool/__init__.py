@@ -2,5 +2,6 @@
 
 from rollcast.rollout.pool.dispatcher import check_prompts
 from rollcast.rollout.pool.pool import Pool
+from rollcast.rollout.pool.router import PrefixHolders
 
-__all__ = ["Pool", "check_prompts"]
+__all__ = ["Pool", "PrefixHolders", "check_prompts"]

@@ -58,14 +58,9 @@ class EngineClient:
         """Number of engines."""
         return self._registry.engines
 
-    def request(
-        self, engine: int, request: Request, *, on_piece: Callable[[Piece], None] | None = None
-    ) -> "Future[Reply]":
-        """Send a request to one engine. The future raises `EngineError` if the engine fails or dies.
-
-        `on_piece` is called with every `Piece` before the reply, on the thread that takes the engine's replies.
-        """
-        return self.request_many([(engine, request)], on_piece=on_piece)[0]
+    def request(self, engine: int, request: Request) -> "Future[Reply]":
+        """Send a request to one engine. The future raises `EngineError` if the engine fails or dies."""
+        return self.request_many([(engine, request)])[0]
 
     def request_many(
         self, requests: Sequence[tuple[int, Request]], *, on_piece: Callable[[Piece], None] | None = None
@@ -73,7 +68,8 @@ class EngineClient:
         """Send (engine, request) pairs; the futures are as those of `request`.
 
         An engine gets all of its requests in one write. It would start on the first of them meanwhile, and on few
-        cores leave the sender none to send the rest.
+        cores leave the sender none to send the rest. `on_piece` is called with every `Piece` before the reply, on the
+        thread that takes the engine's replies.
         """
         frames: dict[int, list[bytes]] = {}
         futures: list[Future[Reply]] = []
@@ -144,8 +140,8 @@ class EngineClient:
             except Exception as error:
                 self._lose_all(f"the job's store is gone: {error}")
                 return
-            for engine, text in lost.items():
-                self._lose(Failure(text=f"lost: {text}", engine=engine), engine=engine)
+            for engine, failure in lost.items():
+                self._lose(failure, engine=engine)
             if done:
                 self._lose_all("the job is over: a trainer has left it")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from rollcast.comm import SyncReport
 from rollcast.rollout.protocol.sampling import Completion
@@ -66,10 +66,6 @@ class Metrics:
             self.completions.labels(completion.finish_reason).inc()
             self.tokens.labels(engine).inc(len(completion.token_ids))
             self.cached_tokens.inc(completion.cached_tokens)
-
-    def text(self) -> str:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self.registry).decode()
 
     def serve(self, port: int, *, host: str = "0.0.0.0") -> int:
         """Serve `/metrics` on a thread until the process ends, and return the port (0: a free one)."""

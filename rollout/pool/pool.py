@@ -8,11 +8,13 @@ from typing import Any
 
 import msgspec
 
+from rollcast.comm import Deadline
 from rollcast.rollout.errors import EngineError
 from rollcast.rollout.pool.client import EngineClient
 from rollcast.rollout.pool.dispatcher import DeterministicRequests, Dispatcher
 from rollcast.rollout.pool.metrics import Metrics
 from rollcast.rollout.protocol.messages import (
+    SLEEP_TAGS,
     Call,
     Called,
     Describe,
@@ -25,8 +27,6 @@ from rollcast.rollout.protocol.messages import (
 )
 from rollcast.rollout.protocol.registry import EngineRegistry
 from rollcast.rollout.protocol.sampling import Completion, Piece, Sampling
-
-SLEEP_TAGS = frozenset({"weights", "kv_cache"})
 
 
 class Pool:
@@ -167,13 +167,15 @@ class Pool:
         """Return SHA-256 hashes of every live parameter and buffer, by engine, worker and vLLM's name."""
         return [expect(reply, Fingerprints).workers for reply in self.client.request_each(Fingerprint())]
 
-    def call_workers(self, method: str, *args: Any) -> list[list[Any]]:
+    def call_workers(self, method: str, *args: Any, deadline: Deadline | None = None) -> list[list[Any]]:
         """Call a method of your own `worker_extension_cls` on every worker; return results by engine and worker.
 
         Arguments and results are plain values (numbers, strings, bytes, lists, dicts). The method runs between two
-        steps of the engine, which wait for it. Raises `EngineError` with the worker's text.
+        steps of the engine, which wait for it. Raises `EngineError` with the worker's text, or naming the engines that
+        have not answered by the deadline, if there is one.
         """
-        return [expect(reply, Called).results for reply in self.client.request_each(Call(method, list(args)))]
+        replies = self.client.request_each(Call(method, list(args)), deadline=deadline)
+        return [expect(reply, Called).results for reply in replies]
 
     def close(self) -> None:
         """End the connections to the engines; requests in flight fail. The engines go on. Idempotent."""

@@ -2,13 +2,55 @@
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 # As in vLLM's prefix cache, which caches whole blocks only.
 BLOCK_TOKENS = 16
 MAX_BLOCKS = 1 << 18
 # An engine that has a prefix cached is chosen while its load exceeds the least load by at most this share.
 SLACK = 0.25
+
+
+class PrefixHolders:
+    """Which engine has computed the beginnings of earlier prompts.
+
+        holders = PrefixHolders(block=16)
+        holders.hold(prompt, engine)
+        engine = holders.holder(longer_prompt)
+
+    Prompts are tokens, or text; beginnings are whole blocks of `block` tokens, or characters. The least recently held
+    are forgotten. Not thread-safe.
+    """
+
+    def __init__(self, *, block: int) -> None:
+        self._block = block
+        # By hash of all blocks up to here: the engine, least recently held first.
+        self._engines: OrderedDict[int, int] = OrderedDict()
+
+    def hold(self, prompt: Sequence[int] | str, engine: int) -> None:
+        """Note that an engine has computed the prompt."""
+        for beginning in self._beginnings(prompt):
+            self._engines[beginning] = engine
+            self._engines.move_to_end(beginning)
+        while len(self._engines) > MAX_BLOCKS:
+            self._engines.popitem(last=False)
+
+    def holder(self, prompt: Sequence[int] | str) -> int | None:
+        """Return the engine that has computed the longest known beginning of the prompt; None if none has."""
+        holder = None
+        for beginning in self._beginnings(prompt):
+            if beginning not in self._engines:
+                break
+            holder = self._engines[beginning]
+        return holder
+
+    def _beginnings(self, prompt: Sequence[int] | str) -> Iterator[int]:
+        """Yield a hash of each beginning that consists of whole blocks."""
+        before = 0
+        for start in range(0, len(prompt) - self._block + 1, self._block):
+            block = prompt[start : start + self._block]
+            before = hash((before, block if isinstance(block, str) else tuple(block)))
+            yield before
 
 
 class Router:
@@ -20,8 +62,7 @@ class Router:
 
     def __init__(self, engines: int, *, first: int = 0, in_turn: bool = False) -> None:
         self._loads = [0] * engines
-        # By hash of all blocks up to here: the engine, least recently used first.
-        self._holders: OrderedDict[int, int] = OrderedDict()
+        self._holders = PrefixHolders(block=BLOCK_TOKENS)
         # Pools of several trainer ranks should not all begin with engine 0.
         self._order = [(first + place) % engines for place in range(engines)]
         self._turns = itertools.cycle(self._order) if in_turn else None
@@ -45,34 +86,11 @@ class Router:
 
     def hold(self, token_ids: Sequence[int], engine: int) -> None:
         """Note that an engine has computed these tokens: a conversation that goes on from them should go there."""
-        for block in _blocks(token_ids):
-            self._holders[block] = engine
-            self._holders.move_to_end(block)
-        while len(self._holders) > MAX_BLOCKS:
-            self._holders.popitem(last=False)
+        self._holders.hold(token_ids, engine)
 
     def _choose(self, prompt: Sequence[int], cost: int) -> int:
         least = min(self._order, key=self._loads.__getitem__)
-        holder = self._holder(prompt)
+        holder = self._holders.holder(prompt)
         if holder is None or self._loads[holder] > self._loads[least] + max(cost, SLACK * self._loads[least]):
             return least
         return holder
-
-    def _holder(self, prompt: Sequence[int]) -> int | None:
-        """Return the engine that has computed the longest known beginning of the prompt."""
-        holder = None
-        for block in _blocks(prompt):
-            if block not in self._holders:
-                break
-            holder = self._holders[block]
-        return holder
-
-
-def _blocks(token_ids: Sequence[int]) -> list[int]:
-    """Return a hash of each beginning that consists of whole blocks."""
-    hashes: list[int] = []
-    before = 0
-    for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-        before = hash((before, *token_ids[start : start + BLOCK_TOKENS]))
-        hashes.append(before)
-    return hashes

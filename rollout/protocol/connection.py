@@ -13,12 +13,17 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from multiprocessing.connection import Connection
 
+from rollcast.comm import Deadline
+from rollcast.comm.transport.sockets import connect_socket
+
 # The framing of `multiprocessing.connection`, which sends messages of up to 2 GiB so.
 HEAD = struct.Struct("!i")
 # Size of the engine's read buffer.
 LIMIT_BYTES = 1 << 20
 # Size of the number before each request and its reply.
 ID_BYTES = 8
+# Longest wait for a process that listens, as its address says, to accept a connection.
+CONNECT_TIMEOUT_S = 30.0
 
 
 def frame(*parts: bytes) -> bytes:
@@ -36,20 +41,13 @@ async def frames(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         return
 
 
-def connect(address: str) -> socket.socket:
-    """Connect to `host:port`. Messages leave at once."""
-    host, _, port = address.rpartition(":")
-    connection = socket.create_connection((host, int(port)))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return connection
-
-
 class EngineConnection:
     """A trainer's connection to an engine process. `send` and `close` may be called from any thread."""
 
     def __init__(self, address: str) -> None:
+        """Raise `OSError`, with the address, if the engine cannot be reached within `CONNECT_TIMEOUT_S`."""
         try:
-            self._socket = connect(address)
+            self._socket = connect_socket(address, Deadline(CONNECT_TIMEOUT_S))
         except OSError as error:
             raise OSError(f"the engine at {address} cannot be reached: {error}") from None
         # A file descriptor of its own: the socket stays ours, to be shut down from any thread.

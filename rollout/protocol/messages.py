@@ -1,12 +1,16 @@
-"""Messages between trainers and engines: msgspec structs, msgpack on the wire, no pickle (trainer, engine process)."""
+"""Messages between trainers, engines and workers: msgspec structs, msgpack on the wire, no pickle (all processes)."""
 
 from typing import Any, TypeVar
 
 import msgspec
 
-from rollcast.rollout.config import RolloutConfig
+from rollcast.comm.report import WorkerReport
+from rollcast.rollout.config import RolloutConfig, SyncOptions
 from rollcast.rollout.errors import Failure
 from rollcast.rollout.protocol.sampling import Completion, Piece, Sampling
+
+# What an engine that sleeps has freed, as vLLM names it.
+SLEEP_TAGS = frozenset({"weights", "kv_cache"})
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -63,7 +67,7 @@ class LandingPlans(msgspec.Struct, frozen=True, tag=True):
     plans: list[bytes]
 
 
-class Assignment(msgspec.Struct, frozen=True, array_like=True):
+class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     """The place of one worker in its lane."""
 
     lane: int
@@ -79,7 +83,7 @@ class Assignment(msgspec.Struct, frozen=True, array_like=True):
     """Name of the worker in errors."""
 
 
-class JoinGroup(msgspec.Struct, frozen=True, tag=True):
+class JoinGroup(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Join the lanes' groups with every worker of the engine. Answered by `Done`."""
 
     address: str
@@ -99,31 +103,27 @@ class Receive(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Digest of each worker's lane."""
     first_rank: int
     """Rank of the engine's first worker among the workers of all engines, counted from 1."""
-    mode: str
-    """"in_place": receive into the live weights, which are partially updated until `Commit`. "shadow": receive into
-    spare memory while the engine decodes."""
-    pause_mode: str
-    kv_cache: str
-    verify: str
-    unchanged: bool
-    """A self-test: the version stays, and no tensor may change."""
+    options: SyncOptions
+    """With mode "in_place" the live weights are partially updated until `Commit`; with "shadow" the engine decodes on,
+    and the new weights wait in spare memory."""
     alone: bool
     """No other engine and no other trainer takes part: commit and finalize without further messages."""
     timeout_s: float
 
 
-class WorkerTimes(msgspec.Struct, frozen=True):
-    """Seconds of one worker by phase."""
+class ReceiveResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker returns to its engine process from its part of a `Receive` or `Commit`."""
 
-    rank: int
-    """Rank among the workers of all engines, counted from 1."""
-    phases_s: dict[str, float]
+    phases_s: dict[str, float] = {}
+    """Seconds by phase, as in `WorkerReport`; empty from a switch to weights that were received before."""
+    tokens: dict[str, int] = {}
+    """Output tokens from the old weights by vLLM's request id; empty while the worker decodes on with those."""
 
 
 class Received(msgspec.Struct, frozen=True, tag=True):
     """All workers of the engine have the weights."""
 
-    workers: list[WorkerTimes]
+    workers: list[WorkerReport]
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):

@@ -23,17 +23,18 @@ class EngineRegistry:
         """Publish the address that an engine serves at (the engine's leader)."""
         self._store.set(f"address/{engine}", address)
 
-    def report_lost(self, engine: int, text: str) -> None:
-        """Publish that an engine is lost, and why (the engine's leader)."""
-        self._store.set(f"lost/{engine}", text)
-        self._store.set("lost", str(engine))
+    def report_lost(self, failure: Failure) -> None:
+        """Publish that the failure's engine is lost (the engine's leader). Its phase is "start" or "run"."""
+        assert failure.engine is not None
+        self._store.set(f"lost/{failure.engine}", msgspec.json.encode(failure).decode())
+        self._store.set("lost", "")
 
-    def lost(self) -> dict[int, str]:
+    def lost(self) -> dict[int, Failure]:
         """Return the engines that are lost, with the reason."""
         if not self._store.check(["lost"]):
             return {}
         engines = [engine for engine in range(self.engines) if self._store.check([f"lost/{engine}"])]
-        return {engine: self._store.get(f"lost/{engine}").decode() for engine in engines}
+        return {engine: msgspec.json.decode(self._store.get(f"lost/{engine}"), type=Failure) for engine in engines}
 
     def addresses(self, *, deadline: Deadline) -> list[str]:
         """Wait until every engine serves (trainers). Raises `EngineError` as soon as one is lost."""
@@ -42,10 +43,10 @@ class EngineRegistry:
     def _address(self, engine: int, deadline: Deadline) -> str:
         # Polled with check: a wait that times out makes torch write two warnings each time.
         while not self._store.check([f"address/{engine}"]):
-            if lost := self.lost():
-                failures = [Failure(text=text, engine=each, phase="start") for each, text in lost.items()]
-                each, text = next(iter(lost.items()))
-                raise EngineError(f"engine {each} did not start: {text}", failures=failures)
+            if failures := list(self.lost().values()):
+                first = failures[0]
+                message = f"engine {first.engine} did not start: {first.text}" if first.phase == "start" else ""
+                raise EngineError(message, failures=failures)
             deadline.left(f"engine {engine} to start")
             time.sleep(POLL_S)
         return self._store.get(f"address/{engine}").decode()

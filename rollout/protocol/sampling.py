@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+# Response header of the engines' own OpenAI servers: the policy version that answered.
+VERSION_HEADER = "x-rollcast-version"
+
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How to sample; names and meaning as in vLLM's `SamplingParams`.
@@ -70,7 +73,3 @@ def plain_tokens(prompt: Sequence[int]) -> list[int]:
         return list(map(operator.index, prompt))
     except TypeError as error:
         raise ValueError(f"a prompt is a sequence of token ids: {error}") from None
-
-
-# Response header of the engines' own OpenAI servers: the policy version that answered.
-VERSION_HEADER = "x-rollcast-version"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from rollcast.comm import SyncReport, WeightSource
+from rollcast.comm import Deadline, SyncReport, WeightSource
 from rollcast.comm.agreement import Agreement
 from rollcast.comm.device.nvml import GpuReport, GpuState, gpu_state, gpu_uuid
 from rollcast.rollout.config import RolloutConfig, SyncOptions
@@ -71,7 +71,7 @@ class PoolBroadcaster:
         options = self._config.sync_options(mode=mode, pause_mode=pause_mode, kv_cache=kv_cache, verify=verify)
         if not hardware or self._rank:
             return self._run_session(version, options)
-        with GpuWatch(self._pool, self._lanes.device).during() as watch:
+        with GpuWatch(self._pool, self._lanes.device, timeout_s=self._config.sync_timeout_s).during() as watch:
             report = self._run_session(version, options)
         return replace(report, gpus=watch.reports)
 
@@ -111,7 +111,7 @@ class PoolBroadcaster:
 
     def release(self) -> None:
         """Release memory of the weights here and in the workers, before they leave the GPU. Not collective."""
-        self._pool.call_workers("rollcast_release")
+        self._pool.call_workers("rollcast_release", deadline=Deadline(self._config.sync_timeout_s))
         self._source.release()
         self._lanes.release()
 
@@ -124,14 +124,16 @@ class PoolBroadcaster:
 class GpuWatch:
     """Compares the state of all GPUs before and after a sync (trainer rank 0).
 
-    with GpuWatch(pool, device).during() as watch:
+    with GpuWatch(pool, device, timeout_s=60.0).during() as watch:
         ...
     watch.reports
     """
 
-    def __init__(self, pool: Pool, device: torch.device) -> None:
+    def __init__(self, pool: Pool, device: torch.device, *, timeout_s: float) -> None:
+        """`timeout_s` limits each of the two reads of all GPUs."""
         self._pool = pool
         self._device = device
+        self._timeout_s = timeout_s
         self.reports: tuple[GpuReport, ...] = ()
 
     @contextmanager
@@ -145,5 +147,6 @@ class GpuWatch:
     def _states(self) -> Sequence[GpuState]:
         if self._device.type != "cuda":
             return []
-        workers = [GpuState(**state) for engine in self._pool.call_workers("rollcast_gpu_state") for state in engine]
+        engines = self._pool.call_workers("rollcast_gpu_state", deadline=Deadline(self._timeout_s))
+        workers = [GpuState(**state) for engine in engines for state in engine]
         return [gpu_state(gpu_uuid(self._device)), *workers]

@@ -1,6 +1,5 @@
 """The lanes between trainer ranks and workers: planned once, joined, sent on in every sync (every trainer rank)."""
 
-import base64
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -18,7 +17,6 @@ from rollcast.comm import (
     TransferPlan,
     WeightBroadcaster,
     WeightSource,
-    build_transfer,
     host_store,
     join_group,
 )
@@ -26,8 +24,7 @@ from rollcast.comm.agreement import Agreement
 from rollcast.comm.device.nvml import NVLINK
 from rollcast.comm.transport.rendezvous import connect_store
 from rollcast.rollout.config import RolloutConfig
-from rollcast.rollout.errors import EngineError, Failure, RollcastError
-from rollcast.rollout.landing.plan import LandingPlan
+from rollcast.rollout.errors import EngineError, Failure, RollcastError, SyncError
 from rollcast.rollout.pool.client import EngineClient, collect
 from rollcast.rollout.protocol.messages import (
     Assignment,
@@ -41,26 +38,14 @@ from rollcast.rollout.protocol.messages import (
 )
 from rollcast.rollout.protocol.registry import RankInfo
 from rollcast.rollout.sync.outcome import StepOutcome, agree_on
+from rollcast.rollout.sync.published_plan import Blueprint, publish_plan, read_plan
 
-# torch's store closes the connection of a client that sends it more than 8 MiB at a time.
-PART_BYTES = 4 << 20
 # Most messages of a lane for which "auto" lets a worker read the trainer's memory over NVLink. That is faster for few
 # tensors, but costs more for each message than NCCL does: for the 18,867 tensors of Qwen3-30B-A3B NCCL is faster.
 MAX_IPC_MESSAGES = 4096
 
 
-class Blueprint(msgspec.Struct, frozen=True):
-    """Everything that each rank makes the same `TransferPlan` of; rank 0 publishes it."""
-
-    landings: dict[str, bytes]
-    """`LandingPlan.to_bytes()` by digest, every different one once."""
-    workers: list[str]
-    """Digest of each worker's plan, engine by engine."""
-    digest: str
-    """Digest of the transfer plan."""
-
-
-class Invitation(msgspec.Struct, frozen=True):
+class Rendezvous(msgspec.Struct, frozen=True):
     """What rank 0 gives the other ranks to join the lanes, or why there are none. Empty from other ranks."""
 
     address: str = ""
@@ -111,16 +96,16 @@ class Lanes:
         if self.plan is not None:
             return
         agree = partial(agree_on, self._agreement, deadline=deadline)
-        invitation = self._invite(join_deadline) if self._rank == 0 else Invitation()
-        verdict = self._agreement.decide(f"{topic}/lanes", invitation, _of_rank_0, deadline=deadline)
+        rendezvous = self._host_rendezvous(join_deadline) if self._rank == 0 else Rendezvous()
+        verdict = self._agreement.decide(f"{topic}/lanes", rendezvous, _of_rank_0, deadline=deadline)
         if verdict.value is None:
-            raise RollcastError(verdict.error)
+            raise SyncError(verdict.error, failures=[Failure(text=verdict.error, phase="agree")])
         verdict.value.outcome.raise_failures()
         address = verdict.value.address
         plan, store, outcome = None, None, StepOutcome()
         try:
             store = connect_store(address, join_deadline)
-            plan = self._read_plan(store, verdict.value.parts)
+            plan = read_plan(store, verdict.value.parts, self._source.manifest, self._config, rank=self._rank)
         except Exception as error:
             outcome = StepOutcome.of_error(error, phase="plan")
         # From here on nobody is late: rank 0 may give up, and end the store, at any time.
@@ -141,15 +126,15 @@ class Lanes:
         """
         assert self._sender is not None
         try:
-            # The ranks have compared their manifests when they agreed to start.
-            self._sender.send(self._groups, deadline=deadline, timer=timer, checksums=checksums, peeked=True)
+            # The ranks have compared their manifests when they agreed to start: `peek_manifest` was called then.
+            self._sender.send(self._groups, deadline=deadline, timer=timer, checksums=checksums)
         except Exception as error:
             _close_all(self._groups.values())
             return error
         return None
 
-    def leaver(self) -> Callable[[], None]:
-        """Return a function, for any thread, that leaves the present groups and so ends every transfer under way."""
+    def group_closer(self) -> Callable[[], None]:
+        """Return a function, for any thread, that closes the present groups and so ends every transfer under way."""
         return partial(_close_all, [*self._groups.values()])
 
     def release(self) -> None:
@@ -162,7 +147,7 @@ class Lanes:
         _close_all(self._groups.values())
         self._groups, self.plan, self._store = {}, None, None
 
-    def _invite(self, deadline: Deadline) -> Invitation:
+    def _host_rendezvous(self, deadline: Deadline) -> Rendezvous:
         """Rank 0: collect the workers' landing plans and publish a blueprint made of them."""
         try:
             replies = self._client.request_each(Prepare(self._source.manifest.to_bytes()), deadline=deadline)
@@ -174,32 +159,10 @@ class Lanes:
                     (reply,) = collect({engine: request}, deadline=deadline)
                     landings |= zip(of_engine, expect(reply, LandingPlans).plans, strict=True)
             self._store, address = host_store(self._host, timeout_s=deadline.left_s())
-            blueprint = Blueprint(landings, [digest for of_engine in digests for digest in of_engine], "")
-            blueprint = msgspec.structs.replace(blueprint, digest=self._build_plan(blueprint).digest)
-            return Invitation(address, _publish(blueprint, self._store))
+            blueprint = Blueprint(landings, [digest for of_engine in digests for digest in of_engine])
+            return Rendezvous(address, publish_plan(blueprint, self._store, self._source.manifest, self._config))
         except Exception as error:
-            return Invitation(outcome=StepOutcome.of_error(error, phase="prepare"))
-
-    def _build_plan(self, blueprint: Blueprint) -> TransferPlan:
-        return build_transfer(
-            self._source.manifest,
-            {digest: LandingPlan.from_bytes(plan).moves for digest, plan in blueprint.landings.items()},
-            blueprint.workers,
-            senders=self._config.trainers,
-            bucket_bytes=self._config.bucket_bytes,
-            paired=self._config.colocate,
-        )
-
-    def _read_plan(self, store: dist.Store, parts: int) -> TransferPlan:
-        """Make the plan of the blueprint that rank 0 has published."""
-        text = b"".join(store.get(f"blueprint/{part}") for part in range(parts))
-        blueprint = msgspec.msgpack.decode(base64.b64decode(text), type=Blueprint)
-        plan = self._build_plan(blueprint)
-        if plan.digest != blueprint.digest:
-            raise ValueError(
-                f"trainer rank {self._rank} made another transfer plan than rank 0: run one version of rollcast"
-            )
-        return plan
+            return Rendezvous(outcome=StepOutcome.of_error(error, phase="prepare"))
 
     def _join(self, plan: TransferPlan, store: dist.Store, address: str, deadline: Deadline) -> None:
         """Join this rank's lanes; rank 0 also makes the workers join."""
@@ -237,20 +200,31 @@ class Lanes:
             raise RollcastError("trainer rank 0 gave up before all had joined the weight groups") from None
 
     def _request_join(self, plan: TransferPlan, address: str, deadline: Deadline) -> "dict[int, Future[Reply]]":
-        size, bucket_bytes = self._config.tensor_parallel_size, self._config.bucket_bytes
+        size = self._config.tensor_parallel_size
         replies: dict[int, Future[Reply]] = {}
         for engine in range(self._client.engines):
             workers = range(engine * size, (engine + 1) * size)
-            assignments = [self._assignment(plan.lane_of(worker), worker) for worker in workers]
-            request = JoinGroup(address, assignments, list(plan.gather_order), bucket_bytes, deadline.left_s())
+            request = JoinGroup(
+                address=address,
+                assignments=[self._assignment(plan.lane_of(worker), worker) for worker in workers],
+                gather_order=list(plan.gather_order),
+                bucket_bytes=self._config.bucket_bytes,
+                timeout_s=deadline.left_s(),
+            )
             replies[engine] = self._client.request(engine, request)
         return replies
 
     def _assignment(self, lane: Lane, worker: int) -> Assignment:
         engine, rank = divmod(worker, self._config.tensor_parallel_size)
-        place = lane.workers.index(worker) + 1, len(lane.workers) + 1
-        label = f"worker {rank} of engine {engine}"
-        return Assignment(lane.index, *place, lane.sender, lane.digest, self._transport(lane), label)
+        return Assignment(
+            lane=lane.index,
+            rank=lane.workers.index(worker) + 1,
+            size=len(lane.workers) + 1,
+            sender=lane.sender,
+            digest=lane.digest,
+            transport=self._transport(lane),
+            label=f"worker {rank} of engine {engine}",
+        )
 
     def _transport(self, lane: Lane) -> str:
         return choose_transport(lane, config=self._config, ranks=self._ranks)
@@ -272,21 +246,11 @@ def choose_transport(lane: Lane, *, config: RolloutConfig, ranks: Sequence[RankI
         return "ipc"
     # Several readers would share the bandwidth of the sender's links, where NCCL's can pass on what they have.
     single = len(local) == len(receivers) == 1 and sender.links.get(local[0].gpu or "") == NVLINK
-    messages = sum(len(bucket.messages) for bucket in lane.buckets)
-    return "ipc" if single and messages <= MAX_IPC_MESSAGES else "nccl"
+    return "ipc" if single and len(lane.messages) <= MAX_IPC_MESSAGES else "nccl"
 
 
-def _of_rank_0(invitations: Sequence[Invitation]) -> Invitation:
-    return invitations[0]
-
-
-def _publish(blueprint: Blueprint, store: dist.Store) -> int:
-    """Put the blueprint into the groups' store and return the number of its parts."""
-    text = base64.b64encode(msgspec.msgpack.encode(blueprint)).decode()
-    starts = range(0, len(text), PART_BYTES)
-    for part, start in enumerate(starts):
-        store.set(f"blueprint/{part}", text[start : start + PART_BYTES])
-    return len(starts)
+def _of_rank_0(values: Sequence[Rendezvous]) -> Rendezvous:
+    return values[0]
 
 
 def _close_late(joining: "Future[dict[int, Group]]") -> None:

@@ -4,7 +4,7 @@ The other two parts of the same story are `engine/sync.py` (engine process) and 
 """
 
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightSource
 from rollcast.comm.agreement import Agreement, unanimous
@@ -174,19 +174,18 @@ class SyncSession:
             raise error
         with self._timer("control"):
             replies = collect(self._receiving, deadline=budget.transfer, spin=True)
-        received = [worker for reply in replies for worker in expect(reply, Received).workers]
-        return [WorkerReport(worker.rank, worker.phases_s) for worker in received]
+        return [worker for reply in replies for worker in expect(reply, Received).workers]
 
     def _receive(self, deadline: Deadline) -> Exception | None:
         """Rank 0: let every engine receive. An error is returned, because the ranks must send before they raise."""
-        plan, leave_groups = self._lanes.plan, self._lanes.leaver()
+        plan, close_groups = self._lanes.plan, self._lanes.group_closer()
         assert plan is not None
         size = self._config.tensor_parallel_size
 
-        def leave_if_failed(reply: "Future[Reply]") -> None:
-            # A broadcast to a worker that gave up would last until the deadline; leaving the groups ends it.
+        def close_if_failed(reply: "Future[Reply]") -> None:
+            # A broadcast to a worker that gave up would last until the deadline; closing the groups ends it.
             if reply.exception():
-                leave_groups()
+                close_groups()
 
         try:
             for engine in self._engines:
@@ -195,12 +194,12 @@ class SyncSession:
                     version=self._version,
                     digests=[plan.lane_of(worker).digest for worker in workers],
                     first_rank=1 + engine * size,
+                    options=self._options,
                     alone=self._alone,
                     timeout_s=deadline.left_s(),
-                    **asdict(self._options),
                 )
                 self._receiving[engine] = self._pool.client.request(engine, request)
-                self._receiving[engine].add_done_callback(leave_if_failed)
+                self._receiving[engine].add_done_callback(close_if_failed)
         except Exception as error:
             return error
         return None
@@ -212,8 +211,8 @@ class SyncSession:
         wait(self._receiving.values(), timeout=budget.failure_report_s)
         try:
             collect({engine: reply for engine, reply in self._receiving.items() if reply.done()})
-        except EngineError as engines:
-            return StepOutcome.of_error(engines, phase="receive")
+        except EngineError as engine_error:
+            return StepOutcome.of_error(engine_error, phase="receive")
         own = StepOutcome.of_error(error, phase="send")
         silent = [engine for engine, reply in self._receiving.items() if not reply.done()]
         text = f"no answer (sync_timeout_s is {budget.total.timeout_s:g})"

@@ -43,20 +43,23 @@ class RollcastWorker:
         """This worker's side of the syncs."""
         return self.rollcast_sync_class(self)
 
-    def rollcast_call(self, method: str, args: list[Any]) -> list[Any]:
-        """Call a method by name. Return [None, its result], or [what it raised as a `Failure` in a dict, None].
+    def rollcast_call(self, method: str, args: list[Any], phase: str) -> bytes:
+        """Call a method by name. Return its `CallOutcome` in msgpack; `phase` is that of its failure.
 
         vLLM must not see a worker raise: it would leave the other workers' replies unread, and take each of them
         for the reply to the next call.
         """
-        phase = method.removeprefix("rollcast_")
-        with self.rollcast_sync.passing_gate():
-            failure, result = attempt(lambda: getattr(self, method)(*args), worker=self.rollcast_sync.rank, phase=phase)
-        return [msgspec.to_builtins(failure), result]
 
-    def rollcast_watch(self, address: str, workers: int, lora_versions: int) -> None:
-        """See `WorkerSync.watch`."""
-        self.rollcast_sync.watch(address, workers=workers, lora_versions=lora_versions)
+        def act() -> msgspec.Raw:
+            # Encoded in here: a result that msgpack cannot hold is a failure of the method, too.
+            return msgspec.Raw(msgspec.msgpack.encode(getattr(self, method)(*args)))
+
+        with self.rollcast_sync.passing_gate():
+            return msgspec.msgpack.encode(attempt(act, worker=self.rollcast_sync.rank, phase=phase))
+
+    def rollcast_connect(self, address: str, workers: int, lora_versions: int) -> None:
+        """See `WorkerSync.connect`."""
+        self.rollcast_sync.connect(address, workers=workers, lora_versions=lora_versions)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     def rollcast_prepare(self, manifest: bytes) -> str:

@@ -13,6 +13,8 @@ from rollcast.comm import Deadline
 # returned None.
 STEP, SAMPLE, OTHER_CALLS = "execute_model", "sample_tokens", ("sleep", "wake_up")
 STEP_UNDER_WAY = "vLLM's step under way"
+# Requests that ended since the last sync and are remembered: a server may run for ever without a sync.
+MAX_ENDED_REQUESTS = 1 << 16
 
 
 class StepGate:
@@ -164,10 +166,6 @@ class StepGate:
                 return method(*arguments, **options)
 
         return guarded
-
-
-# A server may run for ever without a sync.
-MAX_ENDED_REQUESTS = 1 << 16
 
 
 class TokenCounter:

@@ -13,7 +13,7 @@ from rollcast.comm.deadline import poll_sleep
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.lora import AdapterLanding
-from rollcast.rollout.protocol.messages import JoinGroup
+from rollcast.rollout.protocol.messages import JoinGroup, ReceiveResult
 from rollcast.rollout.protocol.worker_channel import WorkerEndpoint
 from rollcast.rollout.worker.fingerprint import fingerprint_64bit, raise_if_changed
 from rollcast.rollout.worker.model import WorkerModel
@@ -26,7 +26,7 @@ MOVED = "{} was moved while weights were on their way: sync again"
 class WorkerSync:
     """Takes one vLLM worker from one version of the weights to the next.
 
-    vLLM's thread calls `watch`, `prepare`, `join`, `leave` and `release`, through `RollcastWorker`. The endpoint's
+    vLLM's thread calls `connect`, `prepare`, `join`, `leave` and `release`, through `RollcastWorker`. The endpoint's
     thread calls `receive`, `receive_shadow` and `apply`, whatever vLLM is doing: they change weights between two steps.
     """
 
@@ -54,7 +54,7 @@ class WorkerSync:
         """This worker's device."""
         return self._worker.device
 
-    def watch(self, address: str, *, workers: int, lora_versions: int) -> None:
+    def connect(self, address: str, *, workers: int, lora_versions: int) -> None:
         """Count tokens and answer the engine process at `address` from now on. Called once, before any request.
 
         `lora_versions` LoRA slots hold adapters of zeros from then on: 0 for engines without LoRA.
@@ -104,11 +104,11 @@ class WorkerSync:
 
     def receive(
         self, *, version: int, digests: list[str], slot: int, verify: str, unchanged: bool, deadline: Deadline
-    ) -> dict[str, dict[str, Any]]:
+    ) -> ReceiveResult:
         """Receive one sync into the live parameters. Collective over the lane.
 
         `digests` are those of the lanes of the engine's workers; `slot` is the LoRA slot to fill; with `unchanged`
-        no tensor may change. Returns "phases_s" and "tokens": each request's output tokens from the old weights.
+        no tensor may change.
 
         On any failure the worker leaves the group, which makes the sender fail at once, and the parameters stay
         partially updated until a later sync succeeds.
@@ -128,14 +128,14 @@ class WorkerSync:
             if stream is not None:
                 # Before the next step begins: nothing else orders it after this stream.
                 stream.synchronize()
-            return {"phases_s": timer.phases_s | {"total": timer.total_s()}, "tokens": gate.tokens.take()}
+            return ReceiveResult(phases_s=timer.phases_s | {"total": timer.total_s()}, tokens=gate.tokens.take())
 
     def receive_shadow(
         self, *, version: int, digests: list[str], slot: int, verify: str, deadline: Deadline
-    ) -> dict[str, dict[str, Any]]:
+    ) -> ReceiveResult:
         """Receive one sync into spare memory while the engine decodes. Collective over the lane.
 
-        Arguments as for `receive`. Returns "phases_s". Raises `LandingError` if there is not enough spare memory.
+        Arguments as for `receive`; the result has no tokens. Raises `LandingError` if there is not enough spare memory.
         """
         with self._leave_on_failure():
             with self._between_steps(deadline) as gate:
@@ -148,12 +148,12 @@ class WorkerSync:
             with gate.side_stream(), torch.no_grad():
                 phases_s = self.shadow.receive(group, verify=verify, deadline=deadline)
                 self._raise_if_moved()
-                return {"phases_s": phases_s}
+                return ReceiveResult(phases_s=phases_s)
 
-    def apply(self, *, deadline: Deadline) -> dict[str, dict[str, Any]]:
+    def apply(self, *, deadline: Deadline) -> ReceiveResult:
         """Switch to the weights in spare memory: this worker's later GPU work uses them.
 
-        Collective over the engine's workers. Returns "tokens", as `receive` does.
+        Collective over the engine's workers. The result has tokens alone.
         """
         with self._between_steps(deadline) as gate:
             if self.shadow is None:
@@ -162,7 +162,7 @@ class WorkerSync:
                 raise LandingError(MOVED.format(moved))
             with gate.worker_stream():
                 self.shadow.apply()
-            return {"tokens": gate.tokens.take()}
+            return ReceiveResult(tokens=gate.tokens.take())
 
     def release(self) -> None:
         """Free what a sync keeps: spare memory, and mappings of the trainer's memory. Idempotent."""

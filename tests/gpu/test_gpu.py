@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import transport as transport_job
 from colocated import Cycle
 from models import build
 from on_gpus import LENGTH, Facts, InFlight, Served
@@ -45,14 +46,16 @@ def run_grpo(tmp_path: Path, *flags: str) -> dict[str, Any]:
 
 def check_transport(tmp_path: Path, transport: str, place: str) -> float:
     done = run_job(
-        job_script("transport.py"), transport, place, tmp_path / "facts.json", ranks=2, cwd=tmp_path, timeout_s=90
+        job_script("transport.py"), transport, place, tmp_path / "facts", ranks=2, cwd=tmp_path, timeout_s=90
     )
     assert done.code == 0, done.output
-    sent, received = (json.loads((tmp_path / f"facts.json{side}").read_text()) for side in ("", ".receiver"))
-    assert sent["wrong"] == received["wrong"] == []
-    words, seconds = sent["left"]
-    assert ("left" in words or "failed" in words) and seconds < 3.0
-    return sent["gb_per_s"]
+    sent, received = (
+        msgspec.json.decode((tmp_path / f"facts.{rank}").read_bytes(), type=transport_job.Facts) for rank in range(2)
+    )
+    assert sent.wrong == received.wrong == []
+    lost = sent.lost_peer
+    assert lost is not None and ("left" in lost.problem or "failed" in lost.problem) and lost.after_s < 3.0
+    return sent.gb_per_s
 
 
 def test_bytes_cross_on_cpu(tmp_path: Path) -> None:

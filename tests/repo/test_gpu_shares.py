@@ -5,7 +5,7 @@ from shares import share_of
 
 
 @pytest.mark.parametrize(
-    ("gpus", "worker", "workers", "its"),
+    ("gpus", "worker", "workers", "expected"),
     [
         ("0", 0, 1, "0"),
         ("0123", 0, 2, "01"),
@@ -15,8 +15,8 @@ from shares import share_of
         ("012", 2, 3, "2"),
     ],
 )
-def test_a_process_has_gpus_of_its_own(gpus: str, worker: int, workers: int, its: str) -> None:
-    assert "".join(share_of([*gpus], worker=worker, workers=workers)) == its
+def test_a_process_has_gpus_of_its_own(gpus: str, worker: int, workers: int, expected: str) -> None:
+    assert "".join(share_of([*gpus], worker=worker, workers=workers)) == expected
 
 
 def test_more_processes_than_gpus_are_refused() -> None:

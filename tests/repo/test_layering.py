@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "launch.signals": COMM | {"rollout"},
     # Programs take from a package its face alone.
     "launch.grpo": COMM | {"rollout", "rollout.job", "rollout.pool", "launch.signals"},
-    "launch.serve": COMM | {"rollout", "launch.signals"},
+    "launch.serve": COMM | {"rollout", "rollout.pool", "launch.signals"},
     "launch": frozenset(),
 }
 MAY_IMPORT_VLLM = ("rollout.engine", "rollout.landing", "rollout.worker", "rollout.lora")

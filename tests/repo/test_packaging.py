@@ -35,8 +35,8 @@ def site_packages(tmp_path: Path) -> Path:
         pip("--python", env / "bin/python", "install", "--no-deps", "comm==0.2.3")
     except subprocess.CalledProcessError as error:
         pytest.skip(f"pip cannot get Jupyter's comm: {error.stderr.strip().splitlines()[-1]}")
-    (found,) = env.glob("lib/python*/site-packages")
-    return found
+    (folder,) = env.glob("lib/python*/site-packages")
+    return folder
 
 
 def test_the_wheel_holds_the_three_folders_and_nothing_else(wheel: Path) -> None:
@@ -81,5 +81,5 @@ def contents(folder: Path) -> dict[str, bytes]:
 def origin(python: Path, module: str) -> Path:
     """The file that ``import module`` would run, found without running it."""
     code = f"import importlib.util; print(importlib.util.find_spec({module!r}).origin)"
-    found = subprocess.run([python, "-P", "-c", code], check=True, capture_output=True, text=True)
-    return Path(found.stdout.strip())
+    done = subprocess.run([python, "-P", "-c", code], check=True, capture_output=True, text=True)
+    return Path(done.stdout.strip())

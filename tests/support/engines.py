@@ -25,6 +25,7 @@ from rollcast.comm import (
     join_group,
 )
 from rollcast.comm.agreement import Agreement
+from rollcast.comm.report import WorkerReport
 from rollcast.rollout import RolloutConfig
 from rollcast.rollout.errors import EngineError, Failure
 from rollcast.rollout.landing.plan import LandingPlan
@@ -43,7 +44,6 @@ from rollcast.rollout.protocol.messages import (
     Receive,
     Received,
     Request,
-    WorkerTimes,
 )
 from rollcast.rollout.sync.broadcaster import PoolBroadcaster
 
@@ -88,8 +88,8 @@ class Worker:
         assert self.group is not None
         assert self.receiver.lane.digest == request.digests[self.index]
         timer, deadline = PhaseTimer(), Deadline(request.timeout_s)
-        self.receiver.receive(self.group, deadline=deadline, timer=timer, checksums=request.verify != "none")
-        if request.verify == "full":
+        self.receiver.receive(self.group, deadline=deadline, timer=timer, checksums=request.options.verify != "none")
+        if request.options.verify == "full":
             self.receiver.verify(self.group, deadline=deadline, timer=timer)
         return timer.phases_s
 
@@ -137,7 +137,7 @@ class Engines:
                 phases = self._all(engine, request, lambda worker: worker.receive(request), phase="receive")
                 if request.alone:
                     self.versions[engine] = request.version
-                return Received([WorkerTimes(request.first_rank + w, phases_s) for w, phases_s in enumerate(phases)])
+                return Received([WorkerReport(request.first_rank + w, phases_s) for w, phases_s in enumerate(phases)])
             case Commit():
                 try:
                     self.fault(engine, 0, request)
@@ -179,13 +179,13 @@ class Sharded(WeightSource):
     def __init__(self, weights: Weights, meeting: threading.Barrier) -> None:
         super().__init__(weights)
         self.meeting = meeting
-        self.walks = 0
+        self.gathers = 0
 
     def stable_tensors(self) -> None:
         """Shards are gathered anew for each sync."""
 
     def gather(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        self.walks += 1
+        self.gathers += 1
         for item in super().gather(order):
             self.meeting.wait(10.0)
             yield item

@@ -1,4 +1,4 @@
-"""An upstream of the front door that is no engine: it answers, streams or waits as it is asked to."""
+"""An upstream of the front end that is no engine: it answers, streams or waits as it is asked to."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""A worker that fails inside the receive, or whose weights move before it, when a file says so."""
+"""A worker's side of a sync that fails inside the receive, or whose weights move before it, as a file says."""
 
 import copy
 import os
@@ -13,10 +13,11 @@ from torch import nn
 
 from rollcast.comm import Deadline, Group
 from rollcast.comm.transport import Work
-from rollcast.rollout.protocol.messages import JoinGroup
-from rollcast.rollout.worker import RollcastWorker, WorkerSync
+from rollcast.rollout.protocol.messages import JoinGroup, ReceiveResult
+from rollcast.rollout.worker import WorkerSync
 
 FAULT = Path(os.environ["FAULT_FILE"])
+HANGING = FAULT.with_name(f"{FAULT.name}.pid")
 
 
 class FaultySync(WorkerSync):
@@ -27,13 +28,14 @@ class FaultySync(WorkerSync):
         assert self.group is not None
         self.group = FlippingGroup(self.group, self.rank)
 
-    def receive(self, *, version: int, **arguments: Any) -> dict[str, dict[str, Any]]:
+    def receive(self, *, version: int, **arguments: Any) -> ReceiveResult:
         fault = FAULT.read_text()
         if fault == "raise":
             self.leave()
             raise RuntimeError(f"the worker dropped version {version} on the floor")
         if fault == "hang":
-            FAULT.write_text(f"pid {os.getpid()}")
+            # Beside the fault, which the other workers have still to read: all of them hang.
+            HANGING.write_text(str(os.getpid()))
             time.sleep(3600)
         if fault == "flip after the checksum":
             commit = self.landing.commit
@@ -41,7 +43,7 @@ class FaultySync(WorkerSync):
         self._move_weights(fault)
         return super().receive(version=version, **arguments)
 
-    def receive_shadow(self, **arguments: Any) -> dict[str, dict[str, Any]]:
+    def receive_shadow(self, **arguments: Any) -> ReceiveResult:
         self._move_weights(FAULT.read_text())
         return super().receive_shadow(**arguments)
 
@@ -50,10 +52,6 @@ class FaultySync(WorkerSync):
             # Inside a call of vLLM's; "unseen": outside of any call that rollcast knows.
             with nullcontext() if "unseen" in fault else self.passing_gate():
                 move_weights(self.model.module, torch.bfloat16 if fault == "move to bfloat16" else torch.float32)
-
-
-class FaultyWorker(RollcastWorker):
-    rollcast_sync_class = FaultySync
 
 
 def move_weights(model: nn.Module, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,6 +46,10 @@ class SharedJob:
         config, address = shape.config(folder), str(folder / "trainers")
         (folder / "config").write_bytes(pickle.dumps(config))
         variables = {FAULT_FILE: str(folder / "fault"), "OMP_NUM_THREADS": "1"} | torchrun_variables(shape)
+        listener = self._stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(address)
+        listener.listen()
+        listener.settimeout(ANSWER_S)
         self._children = [self._start_rank(rank, shape, variables, address) for rank in range(1, shape.ranks)]
         self._stack.enter_context(mock.patch.dict(os.environ, variables))
         self._stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -54,8 +58,8 @@ class SharedJob:
         self._stack.enter_context(mock.patch.object(job_module, "JOINS", itertools.count()))
         try:
             job = self._stack.enter_context(rollcast.join(config))
-            with Listener(address) as listener:
-                self._peers = [listener.accept() for _ in range(1, shape.trainers)]
+            # Other ranks may have connected before.
+            self._peers = [Connection(listener.accept()[0].detach()) for _ in range(1, shape.trainers)]
             self._peers.sort(key=lambda peer: peer.recv())
             self.trainer = Trainer(job, MODELS[shape.model]())
         except BaseException:

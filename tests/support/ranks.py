@@ -188,6 +188,7 @@ def send(
     broadcaster: WeightBroadcaster, groups: Mapping[int, Group], timeout_s: float = LONG_S, **options: Any
 ) -> PhaseTimer:
     timer = PhaseTimer()
+    broadcaster.source.peek_manifest()
     broadcaster.send(groups, deadline=Deadline(timeout_s), timer=timer, **options)
     return timer
 

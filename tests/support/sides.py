@@ -9,7 +9,7 @@ import torch
 from moves import whole_moves
 from ranks import CPU, Memory, Ranks, Weights, receiver_of, same_bytes
 
-from rollcast.comm import Manifest, Move, WeightBroadcaster, WeightSource, build_transfer
+from rollcast.comm import Manifest, Move, ParamSpec, WeightBroadcaster, WeightSource, build_transfer
 
 BUCKET_BYTES = 1024
 
@@ -53,6 +53,12 @@ def every_kind(*, seed: int) -> Weights:
         "int64": torch.randint(-(2**62), 2**62, (5,)),
         "bool": torch.rand(2000) < 0.5,
     }
+
+
+def full_tensors(source: WeightSource) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
+    """Yield (spec, full tensor) of every parameter in manifest order."""
+    for param, tensor in source.gather(range(len(source.manifest.specs))):
+        yield source.manifest.specs[param], tensor
 
 
 def large_source(count: int = 800) -> WeightSource:

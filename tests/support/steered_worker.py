@@ -11,17 +11,9 @@ from rollcast.rollout.worker import RollcastWorker
 
 
 class SteeredSync(FaultySync):
-    """Fails once in the next receive, or in the next switch to weights received in shadow, when set to."""
+    """Fails once in the next switch to weights received in shadow, when set to."""
 
-    receive_fails = False
     switch_fails_after_s: float | None = None
-
-    def receive(self, **arguments: Any) -> dict[str, dict[str, Any]]:
-        if self.receive_fails:
-            self.receive_fails = False
-            self.leave()
-            raise RuntimeError("the worker stumbled")
-        return super().receive(**arguments)
 
     def apply(self, **arguments: Any) -> Any:
         if (delay_s := self.switch_fails_after_s) is not None:
@@ -35,11 +27,6 @@ class SteeredWorker(RollcastWorker):
     """Can be slowed down and sped up again, and can be made to fail."""
 
     rollcast_sync_class = SteeredSync
-
-    @property
-    def steered_sync(self) -> SteeredSync:
-        assert isinstance(self.rollcast_sync, SteeredSync)
-        return self.rollcast_sync
 
     def set_pace(self, step_s: float) -> None:
         """Sleep `step_s` before each step from now on; 0 is full speed."""
@@ -57,14 +44,11 @@ class SteeredWorker(RollcastWorker):
     def pid(self) -> int:
         return os.getpid()
 
-    def fail_next_sync(self) -> None:
-        """Raise in the receive of the next sync."""
-        self.steered_sync.receive_fails = True
-
     def fail_next_switch(self, pid: int, delay_s: float) -> None:
         """Raise, after a delay, in the next switch to weights received in shadow, if `pid` is this worker's."""
         if pid == os.getpid():
-            self.steered_sync.switch_fails_after_s = delay_s
+            assert isinstance(self.rollcast_sync, SteeredSync)
+            self.rollcast_sync.switch_fails_after_s = delay_s
 
     def keep_q_norm(self) -> None:
         """Keep the parameter that `FaultySync` replaces."""

@@ -22,7 +22,7 @@ class AtStart:
 
     fingerprints: list[list[dict[str, str]]]
     groups: list[list[rollcast.Completion]]
-    """Of each of `adapters.PROMPTS`."""
+    """Completions of each of `adapters.PROMPTS`."""
 
 
 class Trainer:
@@ -87,7 +87,7 @@ class Trainer:
         return self.broadcaster
 
     def set_fault(self, fault: str) -> None:
-        """What `FaultyWorker` does next (rank 0's call counts)."""
+        """What `FaultySync` does next (rank 0's call counts)."""
         if self.rank == 0:
             fault_file().write_text(fault)
 
@@ -106,5 +106,5 @@ class Trainer:
 
 
 def fault_file() -> Path:
-    """Where `FaultyWorker` looks."""
+    """Where `FaultySync` looks."""
     return Path(os.environ[FAULT_FILE])

@@ -22,7 +22,7 @@ def fixture_of(name: str) -> Callable[..., Any]:
 
     @pytest.fixture(name=name)
     def open_job(jobs: Jobs, request: pytest.FixtureRequest) -> Iterator[SharedJob]:
-        yield from lend(jobs, name, request)
+        yield from open_shared(jobs, name, request)
 
     return open_job
 
@@ -30,10 +30,10 @@ def fixture_of(name: str) -> Callable[..., Any]:
 @pytest.fixture
 def shared_job(jobs: Jobs, request: pytest.FixtureRequest) -> Iterator[SharedJob]:
     """The job of the shape that the test's parameter names."""
-    yield from lend(jobs, request.param, request)
+    yield from open_shared(jobs, request.param, request)
 
 
-def lend(jobs: Jobs, name: str, request: pytest.FixtureRequest) -> Iterator[SharedJob]:
+def open_shared(jobs: Jobs, name: str, request: pytest.FixtureRequest) -> Iterator[SharedJob]:
     yield jobs.open(name)
     if request.node.get_closest_marker("ends_job") or request.node.stash.get(FAILED, False):
         jobs.abandon()
@@ -58,6 +58,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests without a shared job first; of those that share one, those that end it last."""
+    for item in items:
+        if shape := shape_of(item):
+            item.add_marker(pytest.mark.xdist_group(f"job {shape}"))
     items.sort(key=lambda item: (shape_of(item), item.get_closest_marker("ends_job") is not None))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from moves import whole_moves
 from ranks import CPU, LONG_S, Ranks, Tapped, WatchedSource, Weights, all_results, receive, receiver_of, send
-from sides import Sides, cast, check_same_bytes, every_kind, large_source, memory_of, widened
+from sides import Sides, cast, check_same_bytes, every_kind, full_tensors, large_source, memory_of, widened
 from torch import distributed as dist
 
 from rollcast.comm import Deadline, WeightBroadcaster, WeightReceiver, WeightSource, build_transfer
@@ -97,7 +97,7 @@ def test_a_late_receiver_gets_everything() -> None:
         time.sleep(0.5)
         receive(sides.receivers[0], ranks.workers[0])
         sent.result(LONG_S)
-    check_same_bytes(sides.memories[0].tensors, {spec.name: tensor for spec, tensor in source})
+    check_same_bytes(sides.memories[0].tensors, {spec.name: tensor for spec, tensor in full_tensors(source)})
 
 
 def test_a_bucket_leaves_as_soon_as_it_is_full() -> None:

@@ -9,6 +9,7 @@ import torch
 from adapters import adapted
 from architectures import build
 from peft import AdaLoraConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from sides import full_tensors
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
@@ -42,7 +43,7 @@ def randomized(model: Any) -> Any:
 
 
 def sent(source: WeightSource) -> dict[str, torch.Tensor]:
-    return {spec.name: tensor for spec, tensor in source}
+    return {spec.name: tensor for spec, tensor in full_tensors(source)}
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -75,7 +76,7 @@ def check_merged(model: Any) -> None:
     assert isinstance(source, MergedSource)
     expected = WeightSource(copy.deepcopy(model).merge_and_unload())
     assert [spec.name for spec in source.manifest.specs] == [spec.name for spec in expected.manifest.specs]
-    for spec, tensor in expected:
+    for spec, tensor in full_tensors(expected):
         torch.testing.assert_close(weights[spec.name], tensor)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from moves import whole_moves
 from ranks import LONG_S, Memory, Ranks, Tapped, raw, receive, send
-from sides import Sides, large_source
+from sides import Sides, full_tensors, large_source
 
 from rollcast.comm import Deadline, PhaseTimer, VerifyError, WeightSource
 
@@ -116,7 +116,7 @@ def test_verifying_detects_new_values_at_the_trainer(ranks: Ranks) -> None:
     source = large_source(3)
     sides = Sides(source)
     ranks.sync([sides.broadcaster], sides.receivers)
-    for _, tensor in source:
+    for _, tensor in full_tensors(source):
         tensor.neg_()
     assert str(changed(sides)) == "p0[0:250] in memory is not what the trainer holds"
 

@@ -63,15 +63,15 @@ def model() -> nn.Module:
 def samples(model: nn.Module) -> list[Sample]:
     """Prompts and completions of unequal lengths; engine logprobs near the model's, so that some ratios are clipped."""
     torch.manual_seed(1)
-    made: list[Sample] = []
+    samples: list[Sample] = []
     for index, (prompt, completion) in enumerate([(1, 1), (3, 5), (6, 2), (2, 8), (5, 3)]):
         ids = torch.randint(1, VOCABULARY, (prompt + completion,)).tolist()
         own = [token.logprob.item() for token in oracle(model, [Sample(ids[:prompt], ids[prompt:], [], 0.0, 0, 0)])]
         noise = (torch.randn(completion) * 0.4).tolist()
         engine = [logprob + offset for logprob, offset in zip(own, noise, strict=True)]
         advantage = (-1.3, 0.7, 2.0, -0.4, 1.1)[index]
-        made.append(Sample(ids[:prompt], ids[prompt:], engine, advantage, index, engine=index % 2))
-    return made
+        samples.append(Sample(ids[:prompt], ids[prompt:], engine, advantage, index, engine=index % 2))
+    return samples
 
 
 def oracle(model: nn.Module, samples: list[Sample], *, temperature: float = 1.0) -> Iterator[Token]:
@@ -205,5 +205,5 @@ def test_padding_never_poisons_the_loss(samples: list[Sample]) -> None:
 
 
 def gradients(loss: torch.Tensor, model: nn.Module) -> list[torch.Tensor]:
-    """Of every parameter; the graph is kept, the model's own `.grad` is left alone."""
+    """The gradient of every parameter; the graph is kept, the model's own `.grad` is left alone."""
     return list(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, materialize_grads=True))

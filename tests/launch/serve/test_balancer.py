@@ -74,7 +74,7 @@ def test_an_engine_to_avoid_comes_last_for_a_while(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_oldest_beginnings_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(balancer_module, "MAX_BLOCKS", 10)
+    monkeypatch.setattr("rollcast.rollout.pool.router.MAX_BLOCKS", 10)
     balancer = Balancer(2)
     for letter in "ab":
         with balancer.request(1, letter * 64 * 8):

@@ -3,19 +3,19 @@
 import asyncio
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
 from rollcast.rollout import EngineError, RolloutConfig
 from rollcast.rollout.engine.requests import engine_error
-from rollcast.rollout.engine.server import EngineServer
+from rollcast.rollout.engine.server import PHASES, EngineServer
 from rollcast.rollout.errors import Failure
 from rollcast.rollout.protocol.connection import ID_BYTES, frame, frames
-from rollcast.rollout.protocol.messages import Done, EngineSpec, Failed, Reply, RunBatch, WakeUp
+from rollcast.rollout.protocol.messages import Done, EngineSpec, Failed, Reply, Request, RunBatch, WakeUp
 
-WORKER_FAILURES = [Failure(text="it stumbled", engine=2, worker=rank, phase="apply") for rank in (0, 1)]
+WORKER_FAILURES = [Failure(text="it stumbled", engine=2, worker=rank, phase="commit") for rank in (0, 1)]
 
 
 class FakeEngine:
@@ -70,6 +70,10 @@ def test_a_batch_fails_in_generating() -> None:
     server = EngineServer(engine, index=2, openai=None)
     reply = asyncio.run(request(server, msgspec.msgpack.encode(RunBatch("a"))))
     assert isinstance(reply, Failed) and reply.failures[0].phase == "generate"
+
+
+def test_every_request_has_a_phase() -> None:
+    assert set(PHASES) == set(get_args(Request))
 
 
 def test_a_request_that_cannot_be_read_gets_a_reply() -> None:

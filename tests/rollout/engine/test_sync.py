@@ -2,18 +2,20 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 
+from rollcast.comm.report import WorkerReport
 from rollcast.rollout import EngineError
+from rollcast.rollout.config import SyncOptions
 from rollcast.rollout.engine.async_llm import LLMControl
 from rollcast.rollout.engine.requests import Requests
 from rollcast.rollout.engine.sync import EngineSync
 from rollcast.rollout.errors import Failure
-from rollcast.rollout.protocol.messages import Receive
+from rollcast.rollout.protocol.messages import Receive, ReceiveResult
 
 SOON_S = 5.0
 
@@ -51,15 +53,17 @@ class FakeWorkers:
         self.calls: list[str] = []
         self.failing: set[str] = set()
 
-    async def call(self, method: str, *arguments: Any) -> list[Any]:
+    async def call(self, method: str, *arguments: Any, phase: str) -> list[Any]:
         self.calls.append(method)
         return [None, None]
 
-    async def call_directly(self, method: str, *, timeout_s: float, **arguments: Any) -> list[Any]:
+    async def call_directly(
+        self, method: str, *, phase: str, timeout_s: float, **arguments: Any
+    ) -> list[ReceiveResult]:
         self.calls.append(method)
         if method in self.failing:
-            raise EngineError(failures=[Failure(text="it stumbled", engine=1, worker=1, phase=method)])
-        return [{"phases_s": {"wire": 1.0}, "tokens": {}}] * 2
+            raise EngineError(failures=[Failure(text="it stumbled", engine=1, worker=1, phase=phase)])
+        return [ReceiveResult(phases_s={"wire": 1.0})] * 2
 
 
 class Parts:
@@ -72,23 +76,18 @@ class Parts:
         control = LLMControl(self.llm)
         self.sync = EngineSync(workers, self.requests, control, index=1, wake_for_sync=False)
 
-    async def receive(self, version: int, **options: Any) -> None:
+    async def receive(self, version: int, *, alone: bool = False, **options: Any) -> None:
         request = Receive(
             version=version,
             digests=["a", "b"],
             first_rank=3,
-            mode="in_place",
-            pause_mode="keep",
-            kv_cache="kept",
-            verify="none",
-            unchanged=False,
-            alone=False,
+            options=replace(SyncOptions("in_place", "keep", "kept", "none"), **options),
+            alone=alone,
             timeout_s=SOON_S,
         )
-        receive = self.sync.receive(msgspec.structs.replace(request, **options))
         # A task of its own, as in the engine process: `abort` cancels a sync that is still under way.
-        times = await asyncio.create_task(receive)
-        assert [worker.rank for worker in times] == [3, 4]
+        reports = await asyncio.create_task(self.sync.receive(request))
+        assert reports == [WorkerReport(3, {"wire": 1.0}), WorkerReport(4, {"wire": 1.0})]
 
     async def commit(self, version: int) -> None:
         await asyncio.create_task(self.sync.commit(version, timeout_s=SOON_S))
@@ -150,13 +149,15 @@ def test_every_sync_changes_the_salt_and_only_recomputed_clears_the_cache(mode: 
     run(case)
 
 
-@pytest.mark.parametrize(("mode", "failing"), [("in_place", "receive"), ("shadow", "apply")])
-def test_partially_updated_weights_are_refused_until_the_next_sync(mode: str, failing: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "failing", "phase"), [("in_place", "receive", "receive"), ("shadow", "apply", "commit")]
+)
+def test_partially_updated_weights_are_refused_until_the_next_sync(mode: str, failing: str, phase: str) -> None:
     async def case(engine: Parts) -> None:
         engine.workers.failing.add(failing)
         with pytest.raises(EngineError) as caught:
             await engine.receive(1, mode=mode, alone=True)
-        assert caught.value.failures == (Failure(text="it stumbled", engine=1, worker=1, phase=failing),)
+        assert caught.value.failures == (Failure(text="it stumbled", engine=1, worker=1, phase=phase),)
         await engine.sync.abort("it stumbled")
         text = "has partially updated weights and refuses to generate until the next sync: it stumbled"
         assert engine.refusal == f"engine 1 {text}"

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 import msgspec
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 from torch import distributed as dist
 
 from rollcast.comm import Deadline
@@ -25,6 +26,7 @@ from rollcast.rollout.protocol.registry import EngineRegistry
 from rollcast.rollout.protocol.sampling import Completion, Piece
 
 SOON_S = 5.0
+LOST = Failure(text="lost: it stumbled", engine=1, phase="run")
 
 
 class Peer:
@@ -93,6 +95,10 @@ def failure(future: Future[Reply]) -> str:
     return str(error)
 
 
+def scrape(pool: Pool) -> str:
+    return generate_latest(pool.metrics.registry).decode()
+
+
 def test_every_prompt_is_answered_in_its_place(pool: Pool, peers: list[Peer]) -> None:
     prompts = [[1] * length for length in (5, 1, 4, 2, 3)]
     groups = pool.generate(prompts, Sampling())
@@ -120,7 +126,7 @@ def test_less_than_one_sample_or_token_is_refused(pool: Pool, bad: dict[str, int
 def test_requests_and_tokens_are_counted_by_engine(pool: Pool) -> None:
     silent = pool.submit([7], Sampling(max_tokens=5))
     pool.generate([[1] * 3, [1] * 4], Sampling(max_tokens=5))
-    text = pool.metrics.text()
+    text = scrape(pool)
     assert 'rollcast_requests{engine="0"} 1.0' in text and 'rollcast_load_tokens{engine="0"} 6.0' in text
     assert (
         'rollcast_requests{engine="1"} 0.0' in text and 'rollcast_completions_total{finish_reason="stop"} 2.0' in text
@@ -153,7 +159,7 @@ def test_prompts_are_token_ids(pool: Pool) -> None:
     assert pool.generate([np.array([1, 1, 1])], Sampling())[0][0].token_ids == [3]  # type: ignore[list-item]
     with pytest.raises(ValueError, match="a prompt is a sequence of token ids"):
         pool.generate([["a"]], Sampling())  # type: ignore[list-item]
-    assert 'rollcast_requests{engine="0"} 0.0' in pool.metrics.text()
+    assert 'rollcast_requests{engine="0"} 0.0' in scrape(pool)
 
 
 def test_no_prompts_are_no_work(pool: Pool) -> None:
@@ -167,25 +173,45 @@ def test_an_engines_failure_reaches_the_caller_as_a_record(pool: Pool) -> None:
 
 
 def test_failures_of_several_engines_are_collected(pool: Pool, registry: EngineRegistry) -> None:
-    registry.report_lost(1, "it stumbled")
+    registry.report_lost(LOST)
     pending = {engine: pool.client.request(engine, waiting()) for engine in (0, 1)}
     assert failure(pending[1])
     with pytest.raises(EngineError) as caught:
         collect(pending, deadline=Deadline(0.1))
     assert caught.value.failures == (
         Failure(text="no answer within 0.1 s", engine=0),
-        Failure(text="lost: it stumbled", engine=1),
+        LOST,
     )
     assert str(caught.value) == "engine 0: no answer within 0.1 s\nengine 1: lost: it stumbled"
 
 
 def test_requests_of_a_lost_engine_fail_and_those_of_others_go_on(pool: Pool, registry: EngineRegistry) -> None:
     silent = [pool.client.request(engine, waiting()) for engine in (0, 1)]
-    registry.report_lost(1, "it stumbled")
+    registry.report_lost(LOST)
     assert failure(silent[1]) == "engine 1: lost: it stumbled"
     assert not silent[0].done()
     assert failure(pool.client.request(1, Describe())) == "engine 1: lost: it stumbled"
     assert pool.generate([[1, 1]], Sampling())[0][0].token_ids == [2]
+
+
+def test_an_engine_that_is_lost_before_all_serve_fails_the_start(registry: EngineRegistry) -> None:
+    failure = Failure(text="ended while starting", engine=1, phase="start")
+    registry.announce(0, "127.0.0.1:1")
+    registry.report_lost(failure)
+    with pytest.raises(EngineError, match=r"^engine 1 did not start: ended while starting$") as caught:
+        registry.addresses(deadline=Deadline(SOON_S))
+    assert caught.value.failures == (failure,)
+    registry.report_lost(LOST)
+    with pytest.raises(EngineError, match=r"^engine 1: lost: it stumbled$") as caught:
+        registry.addresses(deadline=Deadline(SOON_S))
+    assert caught.value.failures == (LOST,)
+
+
+def test_a_call_of_workers_may_have_a_deadline(pool: Pool) -> None:
+    start = time.monotonic()
+    with pytest.raises(EngineError, match=r"engine 0: no answer within 0\.2 s"):
+        pool.call_workers("method", deadline=Deadline(0.2))
+    assert time.monotonic() - start < 2.0
 
 
 def test_when_the_job_is_over_nothing_waits(pool: Pool, registry: EngineRegistry) -> None:
@@ -196,7 +222,7 @@ def test_when_the_job_is_over_nothing_waits(pool: Pool, registry: EngineRegistry
 
 def test_when_the_store_is_gone_nothing_waits(peers: list[Peer]) -> None:
     class Gone(EngineRegistry):
-        def lost(self) -> dict[int, str]:
+        def lost(self) -> dict[int, Failure]:
             raise dist.DistNetworkError("connection reset")
 
     pool = Pool(Gone(dist.HashStore(), engines=2), [peer.address for peer in peers], max_model_len=64)

@@ -2,6 +2,7 @@
 
 import urllib.request
 
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rollcast.comm import SyncReport
@@ -10,7 +11,7 @@ from rollcast.rollout.protocol.sampling import Completion
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
-    families = text_string_to_metric_families(metrics.text())
+    families = text_string_to_metric_families(generate_latest(metrics.registry).decode())
     return {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
 
 

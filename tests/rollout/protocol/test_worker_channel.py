@@ -13,6 +13,8 @@ from rollcast.rollout.errors import Failure
 from rollcast.rollout.protocol.worker_channel import WorkerChannel, WorkerEndpoint, WorkerError
 
 Run = Callable[[str, dict[str, Any], Deadline], Any]
+# The phase of every failure here, whatever the method.
+PHASE = "commit"
 
 
 async def connect(channel: WorkerChannel, *runs: Run) -> list[WorkerEndpoint]:
@@ -23,10 +25,12 @@ async def connect(channel: WorkerChannel, *runs: Run) -> list[WorkerEndpoint]:
     return endpoints
 
 
-async def failures(channel: WorkerChannel, method: str, *, timeout_s: float, within_s: float) -> tuple[Failure, ...]:
+async def failing_call(
+    channel: WorkerChannel, method: str, *, timeout_s: float, within_s: float
+) -> tuple[Failure, ...]:
     """Call a method that must fail within this time; the failures."""
     with pytest.raises(WorkerError) as caught:
-        await asyncio.wait_for(channel.call(method, timeout_s=timeout_s), within_s)
+        await asyncio.wait_for(channel.call(method, phase=PHASE, timeout_s=timeout_s), within_s)
     return caught.value.failures
 
 
@@ -46,10 +50,10 @@ def test_the_first_failure_is_raised_at_once_and_the_next_call_is_answered() -> 
     async def main() -> list[Any]:
         channel = WorkerChannel(2)
         _ = await connect(channel, run(0), run(1))
-        found = await failures(channel, "fail", timeout_s=60.0, within_s=2.0)
-        assert found == (Failure(text="it did not want to", worker=1, phase="fail"),)
+        failures = await failing_call(channel, "fail", timeout_s=60.0, within_s=2.0)
+        assert failures == (Failure(text="it did not want to", worker=1, phase=PHASE),)
         asyncio.get_running_loop().call_later(0.2, slow.set)
-        return await channel.call("echo", timeout_s=5.0, a=[1, 2], b="c")
+        return await channel.call("echo", phase=PHASE, timeout_s=5.0, a=[1, 2], b="c")
 
     assert asyncio.run(main()) == [[rank, "echo", {"a": [1, 2], "b": "c"}, True] for rank in range(2)]
 
@@ -61,9 +65,9 @@ def test_an_exception_without_a_text_is_named_by_its_type() -> None:
     async def main() -> None:
         channel = WorkerChannel(1)
         _ = await connect(channel, run)
-        found = await failures(channel, "apply", timeout_s=5.0, within_s=2.0)
-        assert found == (Failure(text="KeyError", worker=0, phase="apply"),)
-        assert str(WorkerError(found)) == "worker 0: KeyError"
+        failures = await failing_call(channel, "apply", timeout_s=5.0, within_s=2.0)
+        assert failures == (Failure(text="KeyError", worker=0, phase=PHASE),)
+        assert str(WorkerError(failures)) == "worker 0: KeyError"
 
     asyncio.run(main())
 
@@ -72,13 +76,13 @@ def test_a_worker_that_ends_is_named_and_not_called_again() -> None:
     async def main() -> None:
         channel = WorkerChannel(2)
         endpoints = await connect(channel, *[lambda method, arguments, deadline: time.sleep(1.0)] * 2)
-        calling = asyncio.create_task(failures(channel, "wait", timeout_s=60.0, within_s=2.0))
+        calling = asyncio.create_task(failing_call(channel, "wait", timeout_s=60.0, within_s=2.0))
         await asyncio.sleep(0.1)
         endpoints[1]._connection.close()
         (failure,) = await calling
-        assert (failure.worker, failure.phase) == (1, "wait") and "has ended" in failure.text
-        (failure,) = await failures(channel, "wait", timeout_s=60.0, within_s=0.5)
-        assert (failure.worker, failure.phase) == (1, "wait") and "not connected" in failure.text
+        assert (failure.worker, failure.phase) == (1, PHASE) and "has ended" in failure.text
+        (failure,) = await failing_call(channel, "wait", timeout_s=60.0, within_s=0.5)
+        assert (failure.worker, failure.phase) == (1, PHASE) and "not connected" in failure.text
 
     asyncio.run(main())
 
@@ -87,8 +91,8 @@ def test_workers_that_never_connected_are_named() -> None:
     async def main() -> None:
         channel = WorkerChannel(2)
         _ = await channel.open()
-        found = await failures(channel, "receive", timeout_s=60.0, within_s=0.5)
-        assert [failure.worker for failure in found] == [0, 1]
+        failures = await failing_call(channel, "receive", timeout_s=60.0, within_s=0.5)
+        assert [failure.worker for failure in failures] == [0, 1]
 
     asyncio.run(main())
 
@@ -104,13 +108,13 @@ def test_a_frozen_worker_is_named_after_the_deadline() -> None:
         channel = WorkerChannel(2)
         _ = await connect(channel, lambda method, arguments, deadline: method, freeze)
         start = time.perf_counter()
-        (failure,) = await failures(channel, "receive", timeout_s=0.5, within_s=3.0)
+        (failure,) = await failing_call(channel, "receive", timeout_s=0.5, within_s=3.0)
         assert 0.5 < time.perf_counter() - start < 2.0
-        assert (failure.worker, failure.phase) == (1, "receive")
+        assert (failure.worker, failure.phase) == (1, PHASE)
         assert failure.text == "no reply to 'receive' by its deadline of 0.5 s"
         # Its late reply is not taken for that to the next call.
         asyncio.get_running_loop().call_later(0.2, thawed.set)
-        return await channel.call("apply", timeout_s=5.0)
+        return await channel.call("apply", phase=PHASE, timeout_s=5.0)
 
     assert asyncio.run(main()) == ["apply", "apply"]
 
@@ -123,7 +127,7 @@ def test_a_worker_that_meets_the_deadline_itself_says_what_it_waited_for() -> No
     async def main() -> None:
         channel = WorkerChannel(1)
         _ = await connect(channel, run)
-        (failure,) = await failures(channel, "receive", timeout_s=2.0, within_s=5.0)
+        (failure,) = await failing_call(channel, "receive", timeout_s=2.0, within_s=5.0)
         assert "the trainer's first bucket" in failure.text
 
     asyncio.run(main())
@@ -133,9 +137,9 @@ def test_a_call_without_time_fails() -> None:
     async def main() -> None:
         channel = WorkerChannel(1)
         _ = await connect(channel, lambda method, arguments, deadline: method)
-        (failure,) = await failures(channel, "receive", timeout_s=0.0, within_s=5.0)
+        (failure,) = await failing_call(channel, "receive", timeout_s=0.0, within_s=5.0)
         assert failure.worker == 0
-        assert await channel.call("apply", timeout_s=5.0) == ["apply"]
+        assert await channel.call("apply", phase=PHASE, timeout_s=5.0) == ["apply"]
 
     asyncio.run(main())
 
@@ -160,11 +164,12 @@ def test_a_new_call_supersedes_one_that_is_under_way_and_frees_who_waits_in_it()
             return endpoints[1].agree(5, deadline=deadline)
 
         endpoints += await connect(channel, agree, follow)
-        first = asyncio.create_task(channel.call("receive", timeout_s=60.0))
+        first = asyncio.create_task(channel.call("receive", phase=PHASE, timeout_s=60.0))
         await asyncio.sleep(0.1)
-        assert await channel.call("apply", timeout_s=5.0) == [5, 5]
-        with pytest.raises(WorkerError, match="superseded"):
+        assert await channel.call("apply", phase=PHASE, timeout_s=5.0) == [5, 5]
+        with pytest.raises(WorkerError) as caught:
             await first
+        assert caught.value.failures == (Failure(text="superseded by another call", phase=PHASE),)
 
     asyncio.run(main())
     assert agreed == ["apply"]

@@ -11,14 +11,16 @@ import torch
 from engines import Engines, Trainers
 from ranks import Weights
 from sides import check_same_bytes, within
+from torch import distributed as dist
 
-from rollcast.comm import Lane, Move, Region, SyncReport
+from rollcast.comm import Deadline, Lane, Move, Region, SyncReport, WeightSource
+from rollcast.comm.agreement import Agreement
 from rollcast.comm.plan.buckets import fill_buckets
-from rollcast.rollout import RolloutConfig, SyncError
+from rollcast.rollout import EngineError, RolloutConfig, SyncError
 from rollcast.rollout.errors import Failure
-from rollcast.rollout.protocol.messages import AbortSync, Commit, Finalize, JoinGroup, Receive
+from rollcast.rollout.protocol.messages import AbortSync, Commit, Finalize, JoinGroup, Prepare, Receive
 from rollcast.rollout.protocol.registry import RankInfo
-from rollcast.rollout.sync.lanes import MAX_IPC_MESSAGES, choose_transport
+from rollcast.rollout.sync.lanes import MAX_IPC_MESSAGES, Lanes, choose_transport
 
 pytestmark = pytest.mark.timeout(120)
 # Much less than the deadline. Where the resolver is slow, a connection to a store can take 5 s.
@@ -70,7 +72,7 @@ def check_ok(results: list[Any]) -> None:
 
 
 def in_step(trainers: Trainers) -> bool:
-    return len({source.walks for source in trainers.sources}) == 1
+    return len({source.gathers for source in trainers.sources}) == 1
 
 
 @pytest.mark.parametrize("verify", ["none", "checksum", "full"])
@@ -84,7 +86,7 @@ def test_every_worker_gets_its_part_from_its_sender(start: Start, count: int, si
         check_ok(trainers.sync({"version": version, "verify": verify}))
         check_landed(engines, weights)
         assert engines.versions == {0: version, 1: version}
-    assert in_step(trainers) and trainers.sources[0].walks == 3 * (2 if verify == "full" else 1)
+    assert in_step(trainers) and trainers.sources[0].gathers == 3 * (2 if verify == "full" else 1)
     joins = [request for request in engines.seen if isinstance(request, JoinGroup)]
     senders = {assignment.sender for request in joins for assignment in request.assignments}
     assert senders == {lane % count for lane in range(size)}
@@ -146,6 +148,26 @@ def test_a_worker_that_never_joins_is_named_on_all_ranks_in_time(start: Start) -
     for error in results:
         assert isinstance(error, SyncError) and error.failures == results[0].failures
         assert ("join", 1) in [(each.phase, each.engine) for each in error.failures] and "engine 1: " in str(error)
+
+
+def test_a_rank_that_is_late_for_the_lanes_is_a_failure_of_the_sync() -> None:
+    class Refusing:
+        def request_each(self, request: Prepare, *, deadline: Deadline) -> None:
+            raise EngineError("it was told to fail")
+
+    client: Any = Refusing()
+    lanes = Lanes(
+        client,
+        Agreement(dist.HashStore(), rank=0, size=2),
+        WeightSource(weights_of()),
+        config=RolloutConfig(model="", dtype="float32", device="cpu", trainers=2),
+        rank=0,
+        host="127.0.0.1",
+        ranks=(),
+    )
+    with pytest.raises(SyncError) as caught:
+        lanes.open("sync", join_deadline=Deadline(0.1), deadline=Deadline(0.1))
+    assert caught.value.failures == (Failure(text="trainer rank 1 did not come within 0.1 s", phase="agree"),)
 
 
 def test_plans_may_be_larger_than_the_store_takes_at_once(start: Start) -> None:

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from rollcast.rollout.errors import Failure
+from rollcast.rollout.protocol.worker_channel import CallOutcome
 from rollcast.rollout.worker import RollcastWorker, WorkerSync
 
 
@@ -27,6 +28,17 @@ class Extended(RollcastWorker):
     def divide(self, dividend: int, divisor: int) -> float:
         return dividend / divisor
 
+    def plan_bytes(self) -> list[Any]:
+        return [b"\x00\xff", {1: None}]
+
+    def unsendable(self) -> object:
+        return object()
+
+
+def call(worker: RollcastWorker, method: str, arguments: list[Any], *, phase: str = "call") -> CallOutcome:
+    """Call a method as the engine process does."""
+    return msgspec.msgpack.decode(worker.rollcast_call(method, arguments, phase), type=CallOutcome)
+
 
 def test_every_attribute_is_new_to_vllms_worker() -> None:
     # vLLM refuses an extension with an attribute that its worker has.
@@ -34,7 +46,8 @@ def test_every_attribute_is_new_to_vllms_worker() -> None:
 
 
 def test_a_method_is_called_by_name() -> None:
-    assert Extended().rollcast_call("divide", [3, 2]) == [None, 1.5]
+    assert call(Extended(), "divide", [3, 2]) == CallOutcome(result=1.5)
+    assert call(Extended(), "plan_bytes", []) == CallOutcome(result=[b"\x00\xff", {1: None}])
 
 
 @pytest.mark.parametrize(
@@ -42,19 +55,15 @@ def test_a_method_is_called_by_name() -> None:
     [
         ("divide", [3, 0], "division by zero"),
         ("multiply", [], "'Extended' object has no attribute 'multiply'"),
+        ("unsendable", [], "Encoding objects of type object is unsupported"),
     ],
 )
 def test_a_failure_is_a_record_and_not_raised(method: str, arguments: list[Any], text: str) -> None:
-    failure, result = msgspec.msgpack.decode(msgspec.msgpack.encode(Extended().rollcast_call(method, arguments)))
-    assert msgspec.convert(failure, Failure) == Failure(text=text, worker=3, phase=method) and result is None
-
-
-def test_the_phase_of_a_rollcast_method_has_no_prefix() -> None:
-    failure, _ = Extended().rollcast_call("rollcast_prepare", [b""])
-    assert failure["phase"] == "prepare"
+    failure = Failure(text=text, worker=3, phase="join")
+    assert call(Extended(), method, arguments, phase="join") == CallOutcome(failure=failure)
 
 
 def test_a_subclass_replaces_what_a_sync_does() -> None:
     worker: Any = Extended()
-    assert worker.rollcast_call("rollcast_leave", []) == [None, None]
+    assert call(worker, "rollcast_leave", []) == CallOutcome()
     assert worker.rollcast_sync.left == 1 and worker.rollcast_sync is worker.rollcast_sync

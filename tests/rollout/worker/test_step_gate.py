@@ -114,7 +114,7 @@ def test_all_workers_stop_at_the_same_step_and_go_on(count: int) -> None:
         running = engine.run()
         changes = []
         while not all(future.done() for future in running):
-            changes.append(await channel.call("change", timeout_s=10.0))
+            changes.append(await channel.call("change", phase="receive", timeout_s=10.0))
         for future in running:
             future.result()
         return changes
@@ -181,7 +181,7 @@ def test_a_worker_that_fails_early_opens_the_gates_of_the_others() -> None:
         endpoints += [WorkerEndpoint(address, rank=1, workers=2, run=fail)]
         await asyncio.sleep(0.1)
         with pytest.raises(WorkerError, match="worker 1: it cannot"):
-            await channel.call("change", timeout_s=5.0)
+            await channel.call("change", phase="receive", timeout_s=5.0)
         start = time.perf_counter()
         await asyncio.to_thread(worker.sleep)
         return time.perf_counter() - start

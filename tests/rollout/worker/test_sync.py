@@ -6,12 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 
 from rollcast.comm import Deadline, PhaseTimer
 from rollcast.rollout.errors import Failure
+from rollcast.rollout.protocol.messages import ReceiveResult
 from rollcast.rollout.protocol.worker_channel import WorkerChannel, WorkerError
 from rollcast.rollout.worker import WorkerSync
 from rollcast.rollout.worker.model import WorkerModel
@@ -96,24 +98,24 @@ def new_sync() -> Any:
     return sync
 
 
-def call(sync: Any, method: str, **arguments: Any) -> Any:
+def call(sync: Any, method: str, *, phase: str = "receive", **arguments: Any) -> Any:
     """Call a method over a channel; return its result."""
 
     async def main() -> Any:
         channel = WorkerChannel(1)
-        sync.watch(await channel.open(), workers=1, lora_versions=0)
+        sync.connect(await channel.open(), workers=1, lora_versions=0)
         await asyncio.sleep(0.1)
-        (result,) = await channel.call(method, **arguments)
+        (result,) = await channel.call(method, phase=phase, **arguments)
         return result
 
     return asyncio.run(main())
 
 
-def failure(sync: Any, method: str, **arguments: Any) -> Failure:
+def failing_call(sync: Any, method: str, **arguments: Any) -> Failure:
     with pytest.raises(WorkerError) as caught:
         call(sync, method, **arguments)
-    (found,) = caught.value.failures
-    return found
+    (failure,) = caught.value.failures
+    return failure
 
 
 def joined(receiver: FakeReceiver, landing: FakeLanding) -> Any:
@@ -124,15 +126,15 @@ def joined(receiver: FakeReceiver, landing: FakeLanding) -> Any:
 
 
 def test_a_worker_without_a_group_refuses_to_receive() -> None:
-    found = failure(new_sync(), "receive", **RECEIVE)
-    assert (found.worker, found.phase) == (0, "receive") and "has not joined its lane's group" in found.text
+    failure = failing_call(new_sync(), "receive", **RECEIVE)
+    assert (failure.worker, failure.phase) == (0, "receive") and "has not joined its lane's group" in failure.text
 
 
 def test_a_receive_returns_its_times_and_the_tokens_of_the_old_weights() -> None:
     sync = joined(FakeReceiver("other"), FakeLanding())
     group = sync.group
-    result = call(sync, "receive", **RECEIVE)
-    assert result["tokens"] == {} and {"gate", "wire", "total"} <= result["phases_s"].keys()
+    result = msgspec.convert(call(sync, "receive", **RECEIVE), ReceiveResult)
+    assert result.tokens == {} and {"gate", "wire", "total"} <= result.phases_s.keys()
     assert sync.group is group and group.closed == 0 and group.low_priority is False
 
 
@@ -148,14 +150,14 @@ def test_a_receive_returns_its_times_and_the_tokens_of_the_old_weights() -> None
 def test_a_receive_that_fails_leaves_the_group(receiver: FakeReceiver, landing: FakeLanding, text: str) -> None:
     sync = joined(receiver, landing)
     group = sync.group
-    found = failure(sync, "receive", **RECEIVE)
-    assert text in found.text and (found.worker, found.phase) == (0, "receive")
+    failure = failing_call(sync, "receive", **RECEIVE)
+    assert text in failure.text and (failure.worker, failure.phase) == (0, "receive")
     assert sync.group is None and group.closed == 1
 
 
 def test_nothing_is_applied_before_it_was_received_into_spare_memory() -> None:
-    found = failure(joined(FakeReceiver("other"), FakeLanding()), "apply", timeout_s=5.0)
-    assert found.phase == "apply" and "sync again" in found.text
+    failure = failing_call(joined(FakeReceiver("other"), FakeLanding()), "apply", phase="commit", timeout_s=5.0)
+    assert failure.phase == "commit" and "sync again" in failure.text
 
 
 def test_release_and_leave_can_be_called_at_any_time() -> None:

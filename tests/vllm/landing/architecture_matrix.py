@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 from architectures import build, perturb
+from loaded_models import LoadedModels
 from local_transfer import LocalTransfer
 from safetensors.torch import load_file
+from sides import full_tensors
 
 from rollcast.comm import WeightSource
 from rollcast.rollout.landing import LandingPlan
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
-from rollcast.rollout.landing.offline import OfflineModels
 from rollcast.rollout.landing.vllm_reload import live_tensors, probe
 
 Tensors = dict[str, torch.Tensor]
 
 
-def compare(models: OfflineModels, case: str, folder: Path) -> dict[str, Any]:
+def compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     """Return the facts of a case, and "error" if it raised. `folder` is for the case's models and is removed."""
     start = time.monotonic()
     try:
@@ -41,7 +42,7 @@ def save(model: Any, folder: Path, memory: bool) -> Tensors:
     """Save the model; return what its trainer would send: the tensors of the checkpoint, or those in memory."""
     model.save_pretrained(folder)
     if memory:
-        return {spec.name: tensor.detach().clone() for spec, tensor in WeightSource(model)}
+        return {spec.name: tensor.detach().clone() for spec, tensor in full_tensors(WeightSource(model))}
     tensors: Tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
@@ -65,16 +66,16 @@ def different(first: Tensors, second: Tensors) -> list[str]:
     return [name for name in first | second if not _same(first.get(name), second.get(name))]
 
 
-def _compare(models: OfflineModels, case: str, folder: Path) -> dict[str, Any]:
+def _compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     name, *tags = case.split("+")
     architecture, _, size = name.partition("@")
     model = build(architecture, seed=0)
     base = save(model, folder / "base", "memory" in tags)
     perturb(model)
     perturbed = save(model, folder / "perturbed", "memory" in tags)
-    place = {"size": int(size or 1), "enable_expert_parallel": "ep" in tags}
-    one = partial(_compare_rank, models, folder, base, perturbed)
-    ranks: list[dict[str, Any]] = [one(rank=rank, **place) for rank in range(place["size"])]
+    models = models.with_settings(enable_expert_parallel="ep" in tags)
+    one = partial(_compare_rank, models, folder, base, perturbed, size=int(size or 1))
+    ranks: list[dict[str, Any]] = [one(rank=rank) for rank in range(int(size or 1))]
     unused = [set(rank.pop("unused")) for rank in ranks]
     facts: dict[str, Any] = {"model": [rank.pop("model") for rank in ranks].pop(), "parameters": len(base)}
     facts |= {key: sum((rank[key] for rank in ranks), type(value)()) for key, value in ranks[-1].items()}
@@ -83,12 +84,12 @@ def _compare(models: OfflineModels, case: str, folder: Path) -> dict[str, Any]:
 
 
 def _compare_rank(
-    models: OfflineModels, folder: Path, base: Tensors, perturbed: Tensors, **place: Any
+    models: LoadedModels, folder: Path, base: Tensors, perturbed: Tensors, *, rank: int, size: int
 ) -> dict[str, Any]:
-    updated, fresh = (models.load(folder / which, **place) for which in ("base", "perturbed"))
+    updated, fresh = (models.load(folder / which, rank=rank, size=size) for which in ("base", "perturbed"))
     before, expected = snapshot(updated), snapshot(fresh)
     manifest = WeightSource(perturbed).manifest
-    with models.as_rank(folder / "base", **place), torch.no_grad():
+    with models.as_rank(folder / "base", rank=rank, size=size), torch.no_grad():
         start = time.perf_counter()
         plan = compile_landing(updated, manifest, dtype=torch.float32)
         compile_ms = round((time.perf_counter() - start) * 1000)

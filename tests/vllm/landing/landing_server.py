@@ -22,11 +22,11 @@ import architecture_matrix
 import lora_matrix
 import torch
 from architectures import MOE, build
+from loaded_models import LoadedModels
 from odd_loaders import OddLoaders
 from vllm.model_executor.models import registry
 
 from rollcast.rollout.landing.__main__ import main as landing_command
-from rollcast.rollout.landing.offline import OfflineModels
 from rollcast.rollout.landing.vllm_reload import choose_cpu_layout
 
 FOLDER = Path(sys.argv[1])
@@ -50,12 +50,12 @@ def main() -> None:
 
 
 @cache
-def models(**settings: Any) -> OfflineModels:
+def models(**settings: Any) -> LoadedModels:
     """vLLM's models of this process. The first must have experts: else vLLM makes no expert parallel group."""
     folder = FOLDER / "experts"
     if not folder.exists():
         build(MOE, seed=0).save_pretrained(folder)
-    return OfflineModels(folder, dtype="float32", max_model_len=64, **settings)
+    return LoadedModels(folder, dtype="float32", max_model_len=64, **settings)
 
 
 @cache

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from architectures import MOE, build
+from loaded_models import LoadedModels
 from peft import LoraConfig, get_peft_model
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from rollcast.comm import WeightSource, open_source
 from rollcast.rollout.landing.lora import AdapterLanding, compile_adapter, register_adapters, stacks
-from rollcast.rollout.landing.offline import OfflineModels
 
 VERSIONS = 3
 # vLLM's settings for the models that adapters land in.
@@ -23,7 +23,7 @@ SETTINGS = {"enable_lora": True, "max_lora_rank": 8, "max_loras": VERSIONS}
 TARGETS = {MOE: ["q_proj", "v_proj", "o_proj"]}
 
 
-def compare(models: OfflineModels, case: str, folder: Path) -> dict[str, Any]:
+def compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     """Return the number of moves, and the stacks that differ from what vLLM loads."""
     name, *tags = case.split("+")
     architecture, _, size = name.partition("@")
@@ -42,18 +42,16 @@ def compare(models: OfflineModels, case: str, folder: Path) -> dict[str, Any]:
                 parameter.normal_()
     model.save_pretrained(str(folder / "adapter"))
     source = open_source(model, adapters=True)
-    settings = {"fully_sharded_loras": "sharded" in tags}
-    ranks = [_compare_rank(models, folder, source, rank, int(size or 1), settings) for rank in range(int(size or 1))]
+    models = models.with_settings(fully_sharded_loras="sharded" in tags)
+    ranks = [_compare_rank(models, folder, source, rank, int(size or 1)) for rank in range(int(size or 1))]
     different = [name for rank in ranks for name in rank["different"]]
     return {"case": case, "moves": sum(rank["moves"] for rank in ranks), "different": different}
 
 
-def _compare_rank(
-    models: OfflineModels, folder: Path, source: WeightSource, rank: int, size: int, settings: dict[str, Any]
-) -> dict[str, Any]:
+def _compare_rank(models: LoadedModels, folder: Path, source: WeightSource, rank: int, size: int) -> dict[str, Any]:
     """Compare slot 2 as landed with slot 0 as loaded by vLLM; the other slots must stay what they were."""
-    model: Any = models.load(folder / "base", rank=rank, size=size, **settings)
-    with models.as_rank(folder / "base", rank=rank, size=size, **settings) as config, torch.no_grad():
+    model: Any = models.load(folder / "base", rank=rank, size=size)
+    with models.as_rank(folder / "base", rank=rank, size=size) as config, torch.no_grad():
         manager = LRUCacheWorkerLoRAManager(config, torch.device("cpu"), model.embedding_modules)
         model = manager.create_lora_manager(model, config)
         assert manager.add_adapter(LoRARequest("own", 9, str(folder / "adapter")))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from architecture_matrix import different, save, snapshot
 from architectures import build, perturb
+from loaded_models import LoadedModels
 from local_transfer import LocalTransfer
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -19,7 +20,6 @@ from rollcast.comm import Manifest, ParamSpec, WeightSource
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
-from rollcast.rollout.landing.offline import OfflineModels
 from rollcast.rollout.landing.vllm_reload import live_tensors
 
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
@@ -82,7 +82,7 @@ MISTAKES: dict[str, Change] = {
 class OddLoaders:
     """One live model, whose parameters get odd loaders case by case."""
 
-    def __init__(self, models: OfflineModels, folder: Path) -> None:
+    def __init__(self, models: LoadedModels, folder: Path) -> None:
         self._models = models
         self._folder = folder
         model = build("qwen3", seed=0)

@@ -21,7 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import openai
+from frontend_facts import Answer, Asleep, Conversation, Disconnect, Facts, Health, Refusals
 from frontend_requests import (
     TURNS,
     connect,
@@ -61,7 +63,7 @@ def main() -> int:
 
 def slow_rollout_config(original: Callable[..., rollcast.RolloutConfig], options: Any) -> rollcast.RolloutConfig:
     """The program's settings, with workers that can be slowed down."""
-    return replace(original(options), worker_extension_cls="slow_worker.SlowWorker")
+    return replace(original(options), worker_extension_cls="steered_worker.SteeredWorker")
 
 
 def serve_and_measure(original: Callable[..., None], report: Path, job: rollcast.Job, options: Any) -> None:
@@ -76,7 +78,7 @@ def measure(job: rollcast.Job, folder: str, address: str, report: Path) -> None:
     try:
         wait_until_served(address)
         addresses = [str(engine.openai) for engine in job.pool.describe()]
-        report.write_text(json.dumps(facts(job, folder, address, addresses)))
+        report.write_bytes(msgspec.json.encode(facts(job, folder, address, addresses)))
         print("the facts are written", flush=True)
     except Exception:
         traceback.print_exc()
@@ -94,29 +96,34 @@ def wait_until_served(address: str) -> None:
             time.sleep(0.05)
 
 
-def facts(job: rollcast.Job, folder: str, address: str, addresses: list[str]) -> dict[str, Any]:
+def facts(job: rollcast.Job, folder: str, address: str, addresses: list[str]) -> Facts:
     client = connect(address)
-    found: dict[str, Any] = {
-        "models": [model.id for model in client.models.list()],
-        "whole": whole(client, temperature=0.0, max_tokens=12),
-        "direct": [whole(connect(own.removesuffix("/v1")), temperature=0.0, max_tokens=12) for own in addresses],
-        "streamed": streamed(client, temperature=0.0, max_tokens=12),
-        "samples": samples(client),
-        "tool_call": tool_call(client),
-        "tool_history": tool_history(client),
-        "stop": stop(client),
-        "template_argument": template_argument(client),
-        "top_logprobs": top_logprobs(client),
-        "structured": structured(client),
-        "response": client.responses.create(model="tiny", input="abc", max_output_tokens=12).output_text,
-        "refused": [refusal(client, max_tokens=0), refusal(client, content="a" * 200)],
-        "conversation": conversation(client),
-        "without_first_engine": without_first_engine(addresses),
-        "answers": talk_during_syncs(job, folder, client),
-    }
-    with urllib.request.urlopen(f"{address}/metrics") as metrics:
-        found["metrics"] = metrics.read().decode()
-    return found | {"asleep": asleep(job, client, address), "left": left(job, client)}
+    return Facts(
+        models=[model.id for model in client.models.list()],
+        whole=whole(client, temperature=0.0, max_tokens=12),
+        direct=[whole(connect(own.removesuffix("/v1")), temperature=0.0, max_tokens=12) for own in addresses],
+        streamed=streamed(client, temperature=0.0, max_tokens=12),
+        samples=samples(client),
+        tool_call=tool_call(client),
+        tool_history=tool_history(client),
+        stop=stop(client),
+        template_argument=template_argument(client),
+        top_logprobs=top_logprobs(client),
+        structured=structured(client),
+        response=client.responses.create(model="tiny", input="abc", max_output_tokens=12).output_text,
+        refusals=Refusals(no_tokens=refusal(client, max_tokens=0), too_long=refusal(client, content="a" * 200)),
+        conversation=conversation(client),
+        without_first_engine=without_first_engine(addresses),
+        answers=talk_during_syncs(job, folder, client),
+        metrics=metrics(address),
+        asleep=asleep(job, client, address),
+        disconnect=disconnect(job, client),
+    )
+
+
+def metrics(address: str) -> str:
+    with urllib.request.urlopen(f"{address}/metrics") as answer:
+        return answer.read().decode()
 
 
 def engine_of(client: openai.OpenAI, messages: Any) -> str:
@@ -125,16 +132,14 @@ def engine_of(client: openai.OpenAI, messages: Any) -> str:
     return raw.headers[ENGINE_HEADER]
 
 
-def conversation(client: openai.OpenAI) -> dict[str, list[str]]:
-    """Engines of a conversation that began beside another request, and of others that come later."""
+def conversation(client: openai.OpenAI) -> Conversation:
     turn = {"role": "user", "content": "abcdefgh" * 3 + "ab"}
-    with client.chat.completions.create(model="tiny", messages=TURNS, max_tokens=100, stream=True) as other:
+    options: Any = {"max_tokens": 100, "stream": True, "extra_body": {"ignore_eos": True}}
+    with client.chat.completions.create(model="tiny", messages=TURNS, **options) as other:
         next(iter(other))
         first = engine_of(client, [turn])
-    return {
-        "turns": [first, *(engine_of(client, [turn] * count) for count in (2, 3, 4))],
-        "others": [engine_of(client, TURNS)],
-    }
+    turns = [first, *(engine_of(client, [turn] * count) for count in (2, 3, 4))]
+    return Conversation(turns=turns, other=engine_of(client, TURNS))
 
 
 def without_first_engine(addresses: list[str]) -> list[str]:
@@ -147,11 +152,11 @@ def without_first_engine(addresses: list[str]) -> list[str]:
         return [engine_of(client, TURNS) for _ in range(3)]
 
 
-def talk_during_syncs(job: rollcast.Job, folder: str, client: openai.OpenAI) -> list[Any]:
-    """Chat in several threads while weights change: versions of each response, or what went wrong."""
+def talk_during_syncs(job: rollcast.Job, folder: str, client: openai.OpenAI) -> list[Answer]:
+    """Chat in several threads while weights change."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     updates = Updates(job, model)
-    answers: list[Any] = []
+    answers: list[Answer] = []
     over = threading.Event()
     threads = [threading.Thread(target=talk, args=(client, over, answers, stream)) for stream in (False, True) * 2]
     for thread in threads:
@@ -166,46 +171,45 @@ def talk_during_syncs(job: rollcast.Job, folder: str, client: openai.OpenAI) -> 
     return answers
 
 
-def wait_for_answers(answers: list[Any]) -> None:
+def wait_for_answers(answers: list[Answer]) -> None:
     """Wait until as many more answers have come as there are threads."""
     count, end = len(answers) + 4, time.monotonic() + 20
     while len(answers) < count and time.monotonic() < end:
         time.sleep(0.02)
 
 
-def talk(client: openai.OpenAI, over: threading.Event, answers: list[Any], stream: bool) -> None:
+def talk(client: openai.OpenAI, over: threading.Event, answers: list[Answer], stream: bool) -> None:
     options: Any = {"max_tokens": 100, "extra_body": {"ignore_eos": True}}
     while not over.is_set():
         try:
             if stream:
-                answers.append([piece["version"] for piece in streamed(client, **options)])
+                answers.append(Answer(versions=[piece.version for piece in streamed(client, **options)]))
             else:
-                answers.append([version for version, _ in whole(client, **options)["spans"]])
+                answers.append(Answer(versions=[version for version, _ in whole(client, **options).spans]))
         except Exception as error:
-            answers.append(f"{type(error).__name__}: {error}")
+            answers.append(Answer(versions=[], problem=f"{type(error).__name__}: {error}"))
 
 
-def asleep(job: rollcast.Job, client: openai.OpenAI, address: str) -> dict[str, Any]:
-    """What clients get while all engines sleep, and afterwards."""
-    awake = health(address)
+def asleep(job: rollcast.Job, client: openai.OpenAI, address: str) -> Asleep:
+    before = health(address)
     job.pool.sleep()
-    refused, asleep = error_of(lambda: engine_of(client, TURNS)), health(address)
+    problem, during = error_of(lambda: engine_of(client, TURNS)), health(address)
     job.pool.wake_up()
-    return {"refused": refused, "after": engine_of(client, TURNS), "health": [awake, asleep, health(address)]}
+    engine_after = engine_of(client, TURNS)
+    return Asleep(before=before, during=during, problem=problem, after=health(address), engine_after=engine_after)
 
 
-def health(address: str) -> list[Any]:
-    """Status, and whether each engine is healthy."""
+def health(address: str) -> Health:
     try:
         with urllib.request.urlopen(f"{address}/health") as answer:
-            return [answer.status, [engine["healthy"] for engine in json.load(answer)["engines"]]]
+            return Health(status=answer.status, engines=[engine["healthy"] for engine in json.load(answer)["engines"]])
     except urllib.error.HTTPError as error:
-        return [error.code, [engine["healthy"] for engine in json.load(error)["engines"]]]
+        return Health(status=error.code, engines=[engine["healthy"] for engine in json.load(error)["engines"]])
 
 
-def left(job: rollcast.Job, client: openai.OpenAI) -> dict[str, Any]:
-    """Requests in the engines while a stream is read, and the seconds until its client's disconnect has ended it."""
-    job.pool.call_workers("slow_down", STEP_S)
+def disconnect(job: rollcast.Job, client: openai.OpenAI) -> Disconnect:
+    """Read a stream's first piece and disconnect."""
+    job.pool.call_workers("set_pace", STEP_S)
     options: Any = {"max_tokens": 100, "stream": True, "extra_body": {"ignore_eos": True}}
     with client.chat.completions.create(model="tiny", messages=TURNS, **options) as pieces:
         next(iter(pieces))
@@ -213,7 +217,7 @@ def left(job: rollcast.Job, client: openai.OpenAI) -> dict[str, Any]:
     start = time.monotonic()
     while requests(job) and time.monotonic() < start + 100 * STEP_S:
         time.sleep(0.02)
-    return {"during": during, "seconds": time.monotonic() - start}
+    return Disconnect(requests=during, after_s=time.monotonic() - start)
 
 
 def requests(job: rollcast.Job) -> int:

@@ -1,6 +1,7 @@
 """Requests that `frontend.py` makes with OpenAI's own client, and what it keeps of the answers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import openai
@@ -20,39 +21,93 @@ TOOLS: Any = [{"type": "function", "function": {"name": "add", "parameters": ARG
 CHOSEN: Any = {"type": "function", "function": {"name": "add"}}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """One response, with its headers."""
+
+    text: str
+    finish_reason: str
+    usage: int
+    """The number of completion tokens that the response reports."""
+    logprobs: int
+    """The number of tokens that have log-probabilities."""
+    version: int
+    header: str
+    """The version in the response's headers."""
+    spans: list[tuple[int, int]]
+    """Version and first token of each span."""
+    tokens: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPiece:
+    """One event of a stream."""
+
+    text: str | None
+    finish_reason: str | None
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A tool call that the client asks for."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppedText:
+    """A text up to a stop string."""
+
+    without_stop: str
+    """The text if no stop string is given."""
+    stop: str
+    text: str
+    finish_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTokens:
+    """Lengths of a prompt, without and with an argument of the chat template that writes four characters more."""
+
+    without_argument: int
+    with_argument: int
+
+
 def connect(address: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=40)
 
 
-def whole(client: openai.OpenAI, **options: Any) -> dict[str, Any]:
-    """One response, with its headers."""
+def whole(client: openai.OpenAI, **options: Any) -> Chat:
+    """Chat without streaming."""
     extra = {"return_token_ids": True} | options.pop("extra_body", {})
     raw = client.chat.completions.with_raw_response.create(
         model="tiny", messages=TURNS, logprobs=True, extra_body=extra, **options
     )
     answer: Any = raw.parse()
     (choice,) = answer.choices
-    return {
-        "text": choice.message.content,
-        "finish_reason": choice.finish_reason,
-        "usage": answer.usage.completion_tokens,
-        "logprobs": len(choice.logprobs.content),
-        "version": answer.policy_version,
-        "header": raw.headers["x-rollcast-version"],
-        "spans": choice.policy_spans,
-        "tokens": choice.token_ids,
-    }
+    return Chat(
+        text=choice.message.content,
+        finish_reason=choice.finish_reason,
+        usage=answer.usage.completion_tokens,
+        logprobs=len(choice.logprobs.content),
+        version=answer.policy_version,
+        header=raw.headers["x-rollcast-version"],
+        spans=[(version, start) for version, start in choice.policy_spans],
+        tokens=choice.token_ids,
+    )
 
 
-def streamed(client: openai.OpenAI, **options: Any) -> list[dict[str, Any]]:
-    """Text, finish reason and version of each piece."""
+def streamed(client: openai.OpenAI, **options: Any) -> list[StreamPiece]:
+    """Chat with streaming."""
     pieces: Any = client.chat.completions.create(model="tiny", messages=TURNS, stream=True, **options)
     return [
-        {
-            "text": piece.choices[0].delta.content,
-            "finish_reason": piece.choices[0].finish_reason,
-            "version": piece.policy_version,
-        }
+        StreamPiece(
+            text=piece.choices[0].delta.content,
+            finish_reason=piece.choices[0].finish_reason,
+            version=piece.policy_version,
+        )
         for piece in pieces
     ]
 
@@ -63,13 +118,12 @@ def samples(client: openai.OpenAI) -> list[str]:
     return [choice.text for choice in answer.choices]
 
 
-def tool_call(client: openai.OpenAI) -> dict[str, str]:
-    """Name and arguments of a tool call that the client asks for."""
+def tool_call(client: openai.OpenAI) -> ToolCall:
     answer: Any = client.chat.completions.create(
         model="tiny", messages=TURNS, tools=TOOLS, tool_choice=CHOSEN, max_tokens=60
     )
     (call,) = answer.choices[0].message.tool_calls
-    return {"name": call.function.name, "arguments": call.function.arguments}
+    return ToolCall(name=call.function.name, arguments=call.function.arguments)
 
 
 def tool_history(client: openai.OpenAI) -> int:
@@ -84,25 +138,26 @@ def tool_history(client: openai.OpenAI) -> int:
     return answer.usage.prompt_tokens
 
 
-def stop(client: openai.OpenAI) -> dict[str, Any]:
-    """Text up to a stop string, and the text without one."""
+def stop(client: openai.OpenAI) -> StoppedText:
+    """Complete a prompt without a stop string, and then with two characters of the text as one."""
     options: Any = {"model": "tiny", "prompt": "abcd>", "temperature": 0.0, "max_tokens": 30}
     options["extra_body"] = {"ignore_eos": True}
     free = client.completions.create(**options).choices[0].text
     string = free[10:12]
     choice = client.completions.create(**options, stop=[string]).choices[0]
-    return {"free": free, "string": string, "text": choice.text, "finish_reason": choice.finish_reason}
+    return StoppedText(without_stop=free, stop=string, text=choice.text, finish_reason=str(choice.finish_reason))
 
 
-def template_argument(client: openai.OpenAI) -> list[int]:
-    """The length of the prompt without and with an argument of the chat template."""
-    lengths: list[int] = []
-    for arguments in ({}, {"ending": "abcd"}):
-        answer: Any = client.chat.completions.create(
-            model="tiny", messages=TURNS, max_tokens=1, extra_body={"chat_template_kwargs": arguments}
-        )
-        lengths.append(answer.usage.prompt_tokens)
-    return lengths
+def template_argument(client: openai.OpenAI) -> PromptTokens:
+    return PromptTokens(without_argument=prompt_tokens(client), with_argument=prompt_tokens(client, ending="abcd"))
+
+
+def prompt_tokens(client: openai.OpenAI, **arguments: str) -> int:
+    """The length of the prompt with arguments of the chat template."""
+    answer: Any = client.chat.completions.create(
+        model="tiny", messages=TURNS, max_tokens=1, extra_body={"chat_template_kwargs": arguments}
+    )
+    return answer.usage.prompt_tokens
 
 
 def top_logprobs(client: openai.OpenAI) -> list[int]:
@@ -124,9 +179,9 @@ def refusal(client: openai.OpenAI, *, content: str = "a", **options: Any) -> str
 
 
 def error_of(call: Callable[[], Any]) -> str:
-    """The server's error."""
+    """The server's error; empty if there is none."""
     try:
         call()
     except openai.APIStatusError as error:
         return f"{error.status_code}: {error.message}"
-    return "none"
+    return ""

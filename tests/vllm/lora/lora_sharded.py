@@ -25,7 +25,7 @@ class Sharded:
     """What rank 0 sees of two syncs, and of a third in which the ranks disagree."""
 
     distances: list[float]
-    """Of the engine's log-probabilities, from those of the synced model, after each sync."""
+    """How far the engine's log-probabilities are from those of the synced model, after each sync."""
     distances_from_base: list[float]
     scaling_problem: str
     """Error where rank 1 has another LoRA scaling; empty without LoRA in the engines."""

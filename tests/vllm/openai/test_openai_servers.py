@@ -206,7 +206,7 @@ def test_guided_text_keeps_its_form_when_a_sync_comes_between(trainer: Trainer, 
 
 def test_partially_updated_weights_are_not_served(trainer: Trainer, client: openai.OpenAI) -> None:
     trainer.pace(STEP_S)
-    trainer.pool.call_workers("fail_next_sync")
+    trainer.set_fault("raise")
     problems: list[str] = []
 
     def fail() -> None:
@@ -219,12 +219,14 @@ def test_partially_updated_weights_are_not_served(trainer: Trainer, client: open
         with pytest.raises(BrokenStream):
             streaming.result()
     (problem,) = problems
-    assert problem.startswith("SyncError") and "the worker stumbled" in problem
+    failure = f"the worker dropped version {trainer.version + 1} on the floor"
+    assert problem.startswith("SyncError") and failure in problem
     later = refusal(lambda: whole_chat(client, max_tokens=3))
     later_stream = refusal(lambda: streamed_chat(client, max_tokens=3))
     for answer in (whole, later, later_stream):
-        assert answer.startswith("503: ") and "partially updated weights" in answer and "the worker stumbled" in answer
+        assert answer.startswith("503: ") and "partially updated weights" in answer and failure in answer
     assert health(client) == 503
+    trainer.set_fault("")
     trainer.update()
     assert whole_chat(client, max_tokens=3).version == trainer.version
 
@@ -239,7 +241,7 @@ def test_a_sleeping_engine_says_so(trainer: Trainer, client: openai.OpenAI) -> N
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (
             ("--max-model-len", "16"),
@@ -255,8 +257,8 @@ def test_a_sleeping_engine_says_so(trainer: Trainer, client: openai.OpenAI) -> N
         (("--no-such", "16"), "'--no-such 16': not what `vllm serve` takes"),
     ],
 )
-def test_flags_that_are_not_the_servers_are_refused(flags: tuple[str, ...], words: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=re.escape(words)):
+def test_flags_that_are_not_the_servers_are_refused(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         server_args(model="model", flags=flags)
 
 
@@ -267,7 +269,7 @@ def test_an_environment_in_which_clients_rule_is_refused(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"openai_flags": ("--enable-log-requests",)}, "set openai_port"),
         ({"openai_port": -1}, "must be a port or 0, got -1"),
@@ -275,6 +277,6 @@ def test_an_environment_in_which_clients_rule_is_refused(monkeypatch: pytest.Mon
         ({"openai_port": 9000, "deterministic": True}, "leave openai_port out"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(PreflightError, match=words):
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(PreflightError, match=message):
         RolloutConfig(model="", dtype="float32", **settings)

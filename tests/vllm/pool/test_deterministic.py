@@ -41,7 +41,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[list[Report]]:
 
 @pytest.fixture(params=[0, 1], ids=["rank 0", "rank 1"])
 def runs(both: list[list[Report]], request: pytest.FixtureRequest) -> list[Run]:
-    """Of one rank, in both jobs."""
+    """The runs of one rank, in both jobs."""
     return [reports[request.param].run for reports in both]
 
 

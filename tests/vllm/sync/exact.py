@@ -1,6 +1,6 @@
 """Sync twice, save what was sent, and report what the engines hold (every trainer rank).
 
-exact.py ARCHITECTURE MODEL_FOLDER SAVE_FOLDER REPORT.json TRAINERS TENSOR_PARALLEL_SIZE CPU_WEIGHTS TRANSPORT
+exact.py JSON (a `SyncJob`)
 
 Run by torchrun for the architectures that have no shared job, and on GPUs.
 """
@@ -25,6 +25,24 @@ from rollcast.launch.grpo.parallel import Trainers
 
 
 @dataclass(frozen=True, kw_only=True)
+class SyncJob:
+    """What a job of this script does, and where it reads and writes."""
+
+    architecture: str
+    """A name that `architectures.build` takes."""
+    initial: str
+    """Folder of the model that the engines load."""
+    saved: str
+    """Folder for the model after the second sync."""
+    report: str
+    """File for rank 0's `Synced`."""
+    trainers: int
+    tensor_parallel_size: int
+    cpu_weights: str
+    transport: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Synced:
     """What a trainer rank sees after two syncs."""
 
@@ -37,7 +55,7 @@ class Synced:
     expected: list[list[int]]
     """Transformers' greedy tokens."""
     version: int
-    """Of the second sync."""
+    """The version of the second sync."""
     states: list[tuple[int, str | None]]
     """Version and refusal by engine."""
     workers: int
@@ -45,30 +63,29 @@ class Synced:
 
 
 def main() -> None:
-    name, folder, save, report = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
-    trainers, tensor_parallel_size = int(sys.argv[5]), int(sys.argv[6])
+    what = msgspec.json.decode(sys.argv[1], type=SyncJob)
     config = rollcast.RolloutConfig(
-        model=folder,
-        trainers=trainers,
-        tensor_parallel_size=tensor_parallel_size,
+        model=what.initial,
+        trainers=what.trainers,
+        tensor_parallel_size=what.tensor_parallel_size,
         enforce_eager=True,
         # Else vLLM spends half a minute on the blocks of a large GPU's KV cache.
         gpu_memory_utilization=0.2,
         max_model_len=64,
-        cpu_weights=sys.argv[7],
-        transport=sys.argv[8],
+        cpu_weights=what.cpu_weights,
+        transport=what.transport,
         # Small buckets: most tensors are split.
         bucket_bytes=4096,
-        log_dir=str(report.parent),
+        log_dir=str(Path(what.report).parent),
     )
     with rollcast.join(config) as job:
         if not job.is_trainer:
             return
-        group = Trainers(rank=job.trainer_rank, size=trainers, device=config.resolved_device())
-        synced = sync_twice(job, group, partial(build, name, seed=0), save)
+        group = Trainers(rank=job.trainer_rank, size=what.trainers, device=config.resolved_device())
+        synced = sync_twice(job, group, partial(build, what.architecture, seed=0), Path(what.saved))
         if job.trainer_rank == 0:
-            report.write_bytes(msgspec.json.encode(synced))
-        if trainers > 1:
+            Path(what.report).write_bytes(msgspec.json.encode(synced))
+        if what.trainers > 1:
             dist.barrier()
         group.close()
 

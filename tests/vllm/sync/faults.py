@@ -32,9 +32,9 @@ class Survived:
 
     failure: Failure
     refusal: str
-    """What a request heard then."""
+    """The error of a request then."""
     version: int
-    """Of the next sync."""
+    """The version of the next sync."""
     served: tuple[int, ...]
     """Versions of a completion after that."""
 
@@ -45,7 +45,7 @@ class Killed:
 
     failure: Failure
     refusal: str
-    """What the request heard once the engine was known to be lost, or after a while."""
+    """The error of the request once the engine was known to be lost, or after a while."""
 
 
 def open_sharded(trainer: Trainer, **settings: Any) -> rollcast.PoolBroadcaster:
@@ -114,7 +114,9 @@ def refusal_of(trainer: Trainer) -> str:
 
 
 def kill_worker() -> None:
-    while not fault_file().read_text().startswith("pid"):
+    """Kill a worker half a second after it has begun to hang."""
+    hanging = fault_file().with_name(f"{fault_file().name}.pid")
+    while not hanging.exists():
         time.sleep(0.05)
     time.sleep(0.5)
-    os.kill(int(fault_file().read_text().split()[1]), signal.SIGKILL)
+    os.kill(int(hanging.read_text()), signal.SIGKILL)

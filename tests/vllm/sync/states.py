@@ -42,7 +42,7 @@ def engine_state(trainer: Trainer) -> EngineState:
 
 
 def sync_with_fault(trainer: Trainer, fault: str, options: dict[str, Any]) -> Outcome:
-    """Sync the weights as they are with a fault of `FaultyWorker`. Collective."""
+    """Sync the weights as they are with a fault of `FaultySync`. Collective."""
     trainer.barrier()
     trainer.set_fault(fault)
     trainer.barrier()

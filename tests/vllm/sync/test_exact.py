@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from architectures import build
-from exact import Synced, sync_twice_shared
+from exact import Synced, SyncJob, sync_twice_shared
 from fresh import Fresh
 from jobs import SharedJob
 from shapes import SHAPES
@@ -53,10 +53,18 @@ def run_synced(
 ) -> Synced:
     """Two syncs in a job of its own."""
     build(name, seed=0).save_pretrained(tmp_path / "initial")
-    paths = (tmp_path / "initial", tmp_path / "saved", tmp_path / "facts.json")
-    arguments = (name, *paths, trainers, tensor_parallel_size, cpu_weights, transport)
-    ranks = trainers + engines * tensor_parallel_size
-    done = run_job(job_script("exact.py"), *map(str, arguments), ranks=ranks, cwd=tmp_path, timeout_s=500)
+    what = SyncJob(
+        architecture=name,
+        initial=str(tmp_path / "initial"),
+        saved=str(tmp_path / "saved"),
+        report=str(tmp_path / "facts.json"),
+        trainers=trainers,
+        tensor_parallel_size=tensor_parallel_size,
+        cpu_weights=cpu_weights,
+        transport=transport,
+    )
+    argument, ranks = msgspec.json.encode(what).decode(), trainers + engines * tensor_parallel_size
+    done = run_job(job_script("exact.py"), argument, ranks=ranks, cwd=tmp_path, timeout_s=500)
     assert done.code == 0, done.output
     return msgspec.json.decode((tmp_path / "facts.json").read_bytes(), type=Synced)
 

@@ -119,7 +119,7 @@ class Resources:
     """What the trainer and every process of the engine hold."""
 
     python_threads: int
-    """Of the trainer alone."""
+    """Those of the trainer alone."""
     threads: list[int]
     files: list[int]
     resident_bytes: list[int]

@@ -1,0 +1,56 @@
+"""The transfer plan, as trainer rank 0 publishes it in the groups' store and all ranks read it (trainer ranks)."""
+
+import base64
+from collections.abc import Mapping, Sequence
+
+import msgspec
+from torch import distributed as dist
+
+from rollcast.comm import Manifest, TransferPlan, build_transfer
+from rollcast.rollout.config import RolloutConfig
+from rollcast.rollout.landing.plan import LandingPlan
+
+# torch's store closes the connection of a client that sends it more than 8 MiB at a time.
+PART_BYTES = 4 << 20
+
+
+class Blueprint(msgspec.Struct, frozen=True):
+    """Everything, besides manifest and settings, that each rank makes the same `TransferPlan` of."""
+
+    landings: Mapping[str, bytes]
+    """`LandingPlan.to_bytes()` by digest, every different one once."""
+    workers: Sequence[str]
+    """Digest of each worker's landing plan, engine by engine."""
+    digest: str = ""
+    """Digest of the transfer plan."""
+
+    def build(self, manifest: Manifest, config: RolloutConfig) -> TransferPlan:
+        """Return the transfer plan. Raises `ValueError` for a parameter that no worker keeps."""
+        return build_transfer(
+            manifest,
+            {digest: LandingPlan.from_bytes(plan).moves for digest, plan in self.landings.items()},
+            self.workers,
+            senders=config.trainers,
+            bucket_bytes=config.bucket_bytes,
+            paired=config.colocate,
+        )
+
+
+def publish_plan(blueprint: Blueprint, store: dist.Store, manifest: Manifest, config: RolloutConfig) -> int:
+    """Put the blueprint, with its plan's digest, into the groups' store (rank 0). Return the number of its parts."""
+    blueprint = msgspec.structs.replace(blueprint, digest=blueprint.build(manifest, config).digest)
+    text = base64.b64encode(msgspec.msgpack.encode(blueprint)).decode()
+    starts = range(0, len(text), PART_BYTES)
+    for part, start in enumerate(starts):
+        store.set(f"blueprint/{part}", text[start : start + PART_BYTES])
+    return len(starts)
+
+
+def read_plan(store: dist.Store, parts: int, manifest: Manifest, config: RolloutConfig, *, rank: int) -> TransferPlan:
+    """Return the plan of the blueprint that rank 0 has published. Raises `ValueError` if this rank makes another."""
+    text = b"".join(store.get(f"blueprint/{part}") for part in range(parts))
+    blueprint = msgspec.msgpack.decode(base64.b64decode(text), type=Blueprint)
+    plan = blueprint.build(manifest, config)
+    if plan.digest != blueprint.digest:
+        raise ValueError(f"trainer rank {rank} made another transfer plan than rank 0: run one version of rollcast")
+    return plan
