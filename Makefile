@@ -4,8 +4,6 @@ PYTHON ?= python3
 NPROC  ?= 2
 ARGS        ?=
 PYTEST_ARGS ?=
-# Engines start on one core: two tests at a time take half as long. On GPUs, tests need all of them.
-PARALLEL_cpu := -n 2 --dist loadgroup --no-loadscope-reorder
 
 ifndef PLATFORM
 PLATFORM := $(shell if nvidia-smi -L 2>/dev/null | grep -q . || test -e /dev/nvidia0; then echo cuda; else echo cpu; fi)
@@ -33,10 +31,10 @@ demo: $(STAMP)  ## train a tiny model with GRPO (ARGS="--seed 7", NPROC=2)
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m rollcast.launch.grpo $(ARGS)
 
 test: $(STAMP)  ## run the tests, linter and type checker included (PYTEST_ARGS=...)
-	$(BIN)/pytest $(PARALLEL_$(PLATFORM)) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## the same, slow tests included
-	$(BIN)/pytest $(PARALLEL_$(PLATFORM)) $(PYTEST_ARGS)
+	$(BIN)/pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check

@@ -58,9 +58,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests without a shared job first; of those that share one, those that end it last."""
-    for item in items:
-        if shape := shape_of(item):
-            item.add_marker(pytest.mark.xdist_group(f"job {shape}"))
     items.sort(key=lambda item: (shape_of(item), item.get_closest_marker("ends_job") is not None))
 
 
