@@ -1,24 +1,33 @@
 """Move model weights from trainer ranks to rollout workers (both sides). Needs torch; imports no vLLM."""
 
 from rollcast.comm.deadline import Deadline
+from rollcast.comm.plan.box import Box
 from rollcast.comm.plan.buckets import Bucket, Message, Move, fill_buckets
+from rollcast.comm.plan.holders import Boxes, HeldParam, Holders, statement_from_text, statement_to_text
 from rollcast.comm.plan.manifest import Manifest, ParamSpec
 from rollcast.comm.plan.region import Region
-from rollcast.comm.plan.transfer import Lane, TransferPlan, build_transfer
+from rollcast.comm.plan.transfer import Lane, TransferPlan, build_transfer, digest_of
 from rollcast.comm.report import PhaseTimer, SyncReport
 from rollcast.comm.transfer.broadcaster import WeightBroadcaster
+from rollcast.comm.transfer.holding import Holding, Weights
 from rollcast.comm.transfer.landing import Landing, VerifyError
 from rollcast.comm.transfer.lora_source import open_source
 from rollcast.comm.transfer.receiver import WeightReceiver
 from rollcast.comm.transfer.source import WeightSource
-from rollcast.comm.transport import Group, host_store, join_group
+from rollcast.comm.transport import Group, LaneGroups, host_store, join_group
 
 __all__ = [
+    "Box",
+    "Boxes",
     "Bucket",
     "Deadline",
     "Group",
+    "HeldParam",
+    "Holders",
+    "Holding",
     "Landing",
     "Lane",
+    "LaneGroups",
     "Manifest",
     "Message",
     "Move",
@@ -31,9 +40,13 @@ __all__ = [
     "WeightBroadcaster",
     "WeightReceiver",
     "WeightSource",
+    "Weights",
     "build_transfer",
+    "digest_of",
     "fill_buckets",
     "host_store",
     "join_group",
     "open_source",
+    "statement_from_text",
+    "statement_to_text",
 ]

@@ -3,7 +3,7 @@
 The one place that says when two tensors are the same memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -42,12 +42,16 @@ class StorageSnapshot:
 class ModuleSnapshot:
     """The tensors that some dictionaries (a module's, or a state dict) held when this was made, and their storage."""
 
-    def __init__(self, containers: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, containers: list[dict[str, Any]], *, tensors_of: Callable[[Any], Sequence[torch.Tensor]] | None = None
+    ) -> None:
+        """`tensors_of` returns the tensors of a value; by default of a tensor that itself, or its shard."""
         self._containers = containers
         self._sizes = list(map(len, containers))
         self._keys = list(chain.from_iterable(containers))
         self._values = list(chain.from_iterable(map(dict.values, containers)))
-        self.tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
+        self._shards = [(value, value._local_tensor) for value in self._values if isinstance(value, DTensor)]
+        self.tensors = list(chain.from_iterable(map(tensors_of or _local_tensors, self._values)))
         self._storage = StorageSnapshot(self.tensors)
 
     @classmethod
@@ -61,11 +65,18 @@ class ModuleSnapshot:
             list(map(len, self._containers)) == self._sizes
             and all(map(is_, chain.from_iterable(self._containers), self._keys))
             and all(map(is_, chain.from_iterable(map(dict.values, self._containers)), self._values))
+            and all(value._local_tensor is shard for value, shard in self._shards)
         )
 
     def unchanged(self) -> bool:
         """Return whether they are the same tensors and their memory has not moved."""
         return self.same_tensors() and self._storage.unchanged()
+
+
+def _local_tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, DTensor):
+        return [value._local_tensor]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 def storage_id(tensor: torch.Tensor) -> int:

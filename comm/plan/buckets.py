@@ -1,6 +1,6 @@
 """One worker's moves as messages, and messages as buckets: pure functions, the same on both sides."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -72,40 +72,47 @@ class Bucket:
     messages: tuple[Message, ...]
     nbytes: int
     """Size of a buffer that holds all of them."""
+    position: int
+    """Place of its last parameter in the order of sending."""
     finishes: tuple[int, ...] = ()
-    """The stages whose last message is in this bucket."""
+    """The stages whose last message in this lane is in this bucket."""
 
 
-def fill_buckets(moves: Sequence[Move], gather_order: Sequence[int], *, bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Cut one worker's moves into buckets of at most `bucket_bytes` bytes, parameter by parameter in `gather_order`.
+def fill_buckets(moves: Sequence[Move], order: Sequence[int], *, bucket_bytes: int) -> tuple[Bucket, ...]:
+    """Cut one worker's moves into buckets of at most `bucket_bytes` bytes, parameter by parameter in this order.
 
     A stage's last message ends its bucket, so that the workers can process the module while the sender goes on, even
     where processing is collective over them. Raises `ValueError` if `bucket_bytes` is less than `ALIGN_BYTES`.
     """
     if bucket_bytes < ALIGN_BYTES:
         raise ValueError(f"bucket_bytes must be at least {ALIGN_BYTES}, got {bucket_bytes}")
-    messages = _messages(moves, gather_order, bucket_bytes)
+    position = {param: index for index, param in enumerate(order)}
+    messages = _messages(moves, position, bucket_bytes)
     last = {message.stage: index for index, message in enumerate(messages) if message.stage is not None}
     buckets: list[Bucket] = []
     current: list[Message] = []
     used = 0
+
+    def close(*finishes: int) -> None:
+        buckets.append(Bucket(tuple(current), used, position[current[-1].pieces[-1][0]], finishes))
+        current.clear()
+
     for index, message in enumerate(messages):
         if current and aligned(used) + message.nbytes > bucket_bytes:
-            buckets.append(Bucket(tuple(current), used))
-            current, used = [], 0
+            close()
+            used = 0
         current.append(replace(message, offset=aligned(used)))
         used = aligned(used) + message.nbytes
         if message.stage is not None and last[message.stage] == index:
-            buckets.append(Bucket(tuple(current), used, (message.stage,)))
-            current, used = [], 0
+            close(message.stage)
+            used = 0
     if current:
-        buckets.append(Bucket(tuple(current), used))
+        close()
     return tuple(buckets)
 
 
-def _messages(moves: Sequence[Move], gather_order: Sequence[int], bucket_bytes: int) -> list[Message]:
-    """Return the moves in `gather_order` as messages: adjacent ones merged, those larger than a bucket split."""
-    position = {param: index for index, param in enumerate(gather_order)}
+def _messages(moves: Sequence[Move], position: Mapping[int, int], bucket_bytes: int) -> list[Message]:
+    """Return the moves by position as messages: adjacent ones merged, those larger than a bucket split."""
     messages: list[Message] = []
     for whole in sorted(moves, key=lambda move: position[move.param]):
         for move in _split(whole, bucket_bytes // whole.source.dtype.itemsize):

@@ -1,28 +1,52 @@
 """What travels on which lane, and in which order: frozen data and pure functions, the same on both sides.
 
-Each worker lists where each piece of each parameter lands in it (`Move`). Workers with equal moves share a lane. A
-lane's moves, in the order in which the parameters are gathered, become messages, and messages become buckets; a bucket
-is one grouped collective.
+Each worker lists where each piece of each parameter lands in it (`Move`), and each trainer rank states what it holds of
+each parameter (`Holders`). Workers with equal moves share lanes, one from every trainer rank that sends them anything.
+A lane's moves, cut along what its sender sends, in the order of the workers' memory, become messages, and messages
+become buckets; a bucket is one grouped collective.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
+from rollcast.comm.device.storage import ALIGN_BYTES
 from rollcast.comm.plan.buckets import Bucket, Message, Move, fill_buckets
+from rollcast.comm.plan.holders import Boxes, Holders, cut_moves
 from rollcast.comm.plan.manifest import Manifest
 
 
 @dataclass(frozen=True)
 class Lane:
-    """One sending trainer rank and all workers that receive exactly the same bytes."""
+    """One sending trainer rank and all workers that receive exactly the same bytes from it."""
 
     index: int
     sender: int
     """Trainer rank."""
     workers: tuple[int, ...]
     buckets: tuple[Bucket, ...]
+    boxes: Boxes | None = field(default=None, repr=False)
+    """What the sender sends of each parameter. None: everything."""
+    bucket_bytes: int = field(default=0, repr=False)
+    """Most bytes of a bucket."""
+
+    @classmethod
+    def build(
+        cls,
+        moves: Sequence[Move],
+        order: Sequence[int],
+        *,
+        index: int,
+        sender: int,
+        workers: Sequence[int] = (),
+        boxes: Boxes | None,
+        bucket_bytes: int,
+    ) -> "Lane":
+        """Return the lane that carries the `boxes` of a worker's moves, parameter by parameter in this order."""
+        own = moves if boxes is None else cut_moves(moves, boxes)
+        buckets = fill_buckets(own, order, bucket_bytes=bucket_bytes)
+        return cls(index, sender, tuple(workers), buckets, boxes, bucket_bytes)
 
     @cached_property
     def digest(self) -> str:
@@ -44,55 +68,79 @@ class Lane:
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """Every lane of a sync. All trainer ranks hold equal plans; a worker holds its own lane only."""
+    """Every lane of a sync. All trainer ranks hold equal plans; a worker holds its own lanes only."""
 
     manifest: Manifest
-    gather_order: tuple[int, ...]
-    """Parameters (indices into the manifest) in the order in which the trainer ranks gather them."""
+    order: tuple[int, ...]
+    """Parameters (indices into the manifest) in the order in which they are sent."""
     lanes: tuple[Lane, ...]
 
     @cached_property
     def digest(self) -> str:
         """Hexadecimal SHA-256 of the whole plan: equal digests mean equal plans."""
         lanes = [(lane.index, lane.sender, lane.workers, lane.digest) for lane in self.lanes]
-        return hashlib.sha256(repr((self.manifest.digest, self.gather_order, lanes)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.manifest.digest, self.order, lanes)).encode()).hexdigest()
 
-    def lane_of(self, worker: int) -> Lane:
-        """Return the lane on which a worker receives. Workers are numbered over all engines."""
-        return next(lane for lane in self.lanes if worker in lane.workers)
+    def lanes_of(self, worker: int) -> tuple[Lane, ...]:
+        """Return the lanes on which a worker receives. Workers are numbered over all engines."""
+        return tuple(lane for lane in self.lanes if worker in lane.workers)
+
+
+def digest_of(lanes: Iterable[Lane]) -> str:
+    """Return the hexadecimal SHA-256 of some lanes: equal digests mean equal lanes."""
+    return hashlib.sha256(repr([(lane.index, lane.sender, lane.digest) for lane in lanes]).encode()).hexdigest()
 
 
 def build_transfer(
-    manifest: Manifest,
+    holders: Holders,
     landings: Mapping[str, Sequence[Move]],
     workers: Sequence[str],
     *,
-    senders: int = 1,
     bucket_bytes: int,
     paired: bool = False,
 ) -> TransferPlan:
-    """Plan the sync of `manifest` into workers, of which worker `i` keeps `landings[workers[i]]`.
+    """Plan the sync of what trainer ranks hold into workers, of which worker `i` keeps `landings[workers[i]]`.
 
-    Deterministic, without communication. `landings` maps a digest to moves in the order of the worker's memory. Lanes
-    are assigned to the `senders` trainer ranks round-robin; with `paired`, each worker has a lane of its own, sent by
-    the trainer rank of its number. Raises `ValueError` naming the first parameter that no worker keeps.
+    Deterministic, without communication. `landings` maps a digest to moves in the order of the worker's memory. With
+    `paired`, each worker has lanes of its own, and the trainer rank of its number sends it all that it holds. Raises
+    `ValueError` naming the first parameter that no worker keeps.
     """
+    manifest = holders.manifest
     kept = {move.param for moves in landings.values() for move in moves}
     for index, spec in enumerate(manifest.specs):
         if index not in kept and spec.numel:
             raise ValueError(f"the engine's model has no place for parameter {spec}: do not send it")
-    gather_order = memory_order(landings.values())
-    buckets = {
-        digest: fill_buckets(moves, gather_order, bucket_bytes=bucket_bytes) for digest, moves in landings.items()
-    }
+    order = memory_order(landings.values())
+    lanes: list[Lane] = []
+    for digest, receivers, shares in _receivers(holders, landings, workers, paired=paired):
+        everything = len(shares) == 1
+        for sender, boxes in shares.items():
+            lane = Lane.build(
+                landings[digest],
+                order,
+                index=len(lanes),
+                sender=sender,
+                workers=receivers,
+                boxes=None if everything else boxes,
+                # A worker has buffers for every lane.
+                bucket_bytes=max(bucket_bytes // len(shares), min(bucket_bytes, ALIGN_BYTES)),
+            )
+            if lane.buckets or everything:
+                lanes.append(lane)
+    return TransferPlan(manifest, order, tuple(lanes))
+
+
+def _receivers(
+    holders: Holders, landings: Mapping[str, Sequence[Move]], workers: Sequence[str], *, paired: bool
+) -> Iterator[tuple[str, list[int], Mapping[int, Boxes]]]:
+    """Yield workers that receive the same, with the digest of their moves and what each trainer rank sends them."""
     if paired:
-        lanes = [Lane(worker, worker, (worker,), buckets[digest]) for worker, digest in enumerate(workers)]
-    else:
-        lanes = [
-            Lane(index, index % senders, tuple(w for w, kind in enumerate(workers) if kind == digest), buckets[digest])
-            for index, digest in enumerate(landings)
-        ]
-    return TransferPlan(manifest, gather_order, tuple(lanes))
+        for worker, digest in enumerate(workers):
+            yield digest, [worker], holders.shares(preferred=worker)
+        return
+    shares = holders.shares()
+    for digest in landings:
+        yield digest, [worker for worker, kind in enumerate(workers) if kind == digest], shares
 
 
 def memory_order(landings: Iterable[Sequence[Move]]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The sending side of a plan (every trainer rank)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, takewhile
 
 import torch
@@ -8,13 +8,14 @@ import torch
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.plan.transfer import TransferPlan
 from rollcast.comm.report import PhaseTimer
+from rollcast.comm.transfer.holding import LocalParam
 from rollcast.comm.transfer.lane_sender import Formats, LaneSender, OutgoingBucket
 from rollcast.comm.transfer.source import WeightSource
 from rollcast.comm.transport import Group
 
 
 class WeightBroadcaster:
-    """Gathers a source's weights in the plan's order and streams the lanes that this trainer rank sends.
+    """Streams what this trainer rank sends of a source's weights, in the plan's order, on its lanes.
 
         broadcaster = WeightBroadcaster(source, plan, rank=trainer_rank, device=torch.device("cpu"))
         source.peek_manifest()                                                   # before every send
@@ -29,21 +30,25 @@ class WeightBroadcaster:
         self.source = source
         self._plan = plan
         self._device = device
-        self._own = [lane for lane in plan.lanes if lane.sender == rank and lane.buckets]
+        self._lanes_sent = [lane for lane in plan.lanes if lane.sender == rank and lane.buckets]
+        index = {spec.name: number for number, spec in enumerate(source.manifest.specs)}
+        # The plan's parameters that this source has, in the order of sending, and their numbers in the source.
+        self._own = {p: index[name] for p in plan.order if (name := plan.manifest.specs[p].name) in index}
         self._lanes: dict[int, LaneSender] = {}
         self._formats: Formats = ()
         # The buckets of the last sync in sending order, and the source's tensor list that they are views of.
-        self._cached: tuple[list[torch.Tensor], list[OutgoingBucket]] | None = None
+        self._cached: tuple[list[LocalParam], list[OutgoingBucket]] | None = None
 
     def send(
         self, groups: Mapping[int, Group], *, deadline: Deadline, timer: PhaseTimer, checksums: bool = False
     ) -> None:
-        """Send every weight once, then the checksums if asked to. Collective over the trainer ranks.
+        """Send this rank's share once, then the checksums if asked to. Collective if the source gathers.
 
         `groups` has the groups of this rank's lanes, of which it is rank 0. The caller has called
         `source.peek_manifest()` for this sync, which notices weights that were replaced. Raises `ValueError` for
-        weights that no longer match the plan, and a transport's `RuntimeError` or `TimeoutError` only after the whole
-        source was gathered: the other trainer ranks gather shards with this one and would wait for it for ever.
+        weights that no longer match the plan,
+        and a transport's `RuntimeError` or `TimeoutError` only after a source that gathers was gathered whole: the
+        other trainer ranks gather with this one and would wait for it for ever.
         """
         self._prepare_lanes()
         buckets = self._outgoing(timer)
@@ -64,14 +69,16 @@ class WeightBroadcaster:
 
     def _prepare_lanes(self) -> None:
         """Lay out the buffers for the weights' present dtypes and devices, unless the cached buckets are valid."""
-        if self._cached is not None and self._cached[0] is self.source.stable_tensors():
+        if self._cached is not None and self._cached[0] is self.source.stable_params():
             if all(bucket.is_valid() for bucket in self._cached[1][:1]):
                 return
             # As a rule, if one weight was moved all were: read all of them now instead of bucket by bucket.
             self.source.current_manifest()
         formats = self.source.formats()
         if not self._lanes or formats != self._formats:
-            self._lanes = {lane.index: LaneSender(lane, formats, self._device) for lane in self._own}
+            self._lanes = {
+                lane.index: LaneSender(lane, formats, self._device, own=self._own) for lane in self._lanes_sent
+            }
             self._formats = formats
         self._cached = None
 
@@ -92,18 +99,17 @@ class WeightBroadcaster:
 
     def _check_formats(self) -> None:
         """Raise `ValueError` naming the first weight whose dtype or device is another than at the last sync."""
-        pairs = zip(self.source.manifest.specs, self._formats, self.source.formats(), strict=True)
-        for spec, before, now in pairs:
+        for spec, before, now in zip(self.source.manifest.specs, self._formats, self.source.formats(), strict=True):
             if now != before:
                 raise ValueError(f"{spec} changed its dtype or device since the last sync")
 
     def _gathered(self, timer: PhaseTimer) -> Iterator[OutgoingBucket]:
         """Yield the same buckets from newly gathered weights; cache them if the weights' memory stays the same."""
-        stable = self.source.stable_tensors()
+        stable = self.source.stable_params()
         buckets: list[OutgoingBucket] = []
-        for param, tensor in _timed(self.source.gather(self._plan.gather_order), timer):
+        for param, tensors in _timed(self.source.gather([*self._own.values()]), timer):
             for lane in self._lanes.values():
-                for bucket in lane.add(param, tensor):
+                for bucket in lane.add(param, tensors):
                     if stable is not None:
                         bucket.snapshot = self.source.storage_snapshot(bucket.params)
                         buckets.append(bucket)
@@ -117,10 +123,12 @@ def _exhaust(buckets: Iterator[OutgoingBucket]) -> None:
         pass
 
 
-def _timed(tensors: Iterator[tuple[int, torch.Tensor]], timer: PhaseTimer) -> Iterator[tuple[int, torch.Tensor]]:
+def _timed(
+    params: Iterator[tuple[int, Sequence[torch.Tensor]]], timer: PhaseTimer
+) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
     while True:
         with timer("gather"):
-            item = next(tensors, None)
+            item = next(params, None)
         if item is None:
             return
         yield item

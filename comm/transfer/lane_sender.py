@@ -1,24 +1,26 @@
 """The sending side of one lane: pack weights into buckets and broadcast them (trainer)."""
 
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.device.checksum import checksum
 from rollcast.comm.device.storage import StorageSnapshot, aligned
+from rollcast.comm.plan.box import localize
 from rollcast.comm.plan.buckets import Message
 from rollcast.comm.plan.region import Region
 from rollcast.comm.plan.transfer import Lane
 from rollcast.comm.report import PhaseTimer
 from rollcast.comm.transfer.bucket_work import BucketWork, broadcast_bucket
 from rollcast.comm.transfer.buffer_ring import BufferRing
+from rollcast.comm.transfer.source import LocalFormat
 from rollcast.comm.transport import Group, PersistentTensors
 
-Formats = Sequence[tuple[torch.dtype, str]]
-"""Dtype and device type of each parameter at the trainer."""
+Formats = Sequence[Sequence[LocalFormat]]
+"""How this rank's tensors of each parameter of its source are in memory."""
 EMPTY = torch.empty(0, dtype=torch.uint8)
 # Most unacknowledged broadcasts that use no buffer: bounds how far a lane runs ahead of a receiver that died.
 MAX_UNACKNOWLEDGED = 8
@@ -50,13 +52,18 @@ class OutgoingBucket:
 
 @dataclass(frozen=True, slots=True)
 class _MessagePart:
-    """A part of one parameter, and where it goes."""
+    """A part of one tensor of this rank, and where it goes."""
 
     message: int
     """Index in its bucket."""
     offset: int | None
-    """First byte in the bucket's buffer. None: sent from the trainer's memory, as a message of its own."""
-    source: Region
+    """First byte in the bucket's buffer of what `place` is a region of. None: sent from the trainer's memory."""
+    tensor: int
+    """Which of this rank's tensors of the parameter."""
+    local: Region
+    """Part of that tensor."""
+    place: Region
+    """The same elements on the wire, as a region of a contiguous tensor."""
     completes_bucket: bool
 
 
@@ -66,15 +73,17 @@ class LaneSender:
     A sync is `begin`, `add` for every parameter (or the buckets of an earlier sync), `send` for every bucket, `finish`.
     """
 
-    def __init__(self, lane: Lane, formats: Formats, device: torch.device) -> None:
+    def __init__(self, lane: Lane, formats: Formats, device: torch.device, *, own: Mapping[int, int]) -> None:
+        """`own` maps the plan's parameters to those of this rank's source, which `formats` are of."""
         self.index = lane.index
         self._lane = lane
         self._buckets = lane.buckets
+        self._own = own
         self._parts: dict[int, list[_MessagePart]] = defaultdict(list)
         # For each bucket: index of a message that is packed -> its first byte in the buffer.
         self._offsets: list[dict[int, int]] = []
         used = [self._assign_offsets(number, formats, device.type) for number in range(len(lane.buckets))]
-        self.ring = BufferRing(max(used), device=device)
+        self.ring = BufferRing(max(used, default=0), device=device)
         self._works: deque[BucketWork] = deque()
         self._open: OutgoingBucket | None = None
 
@@ -82,18 +91,32 @@ class LaneSender:
         """Place every message that must be packed in the bucket's buffer; return the bytes needed."""
         used = 0
         offsets: dict[int, int] = {}
-        messages = self._buckets[number].messages
-        for index, message in enumerate(messages):
-            if not _is_sendable(message, formats, device):
+        last: tuple[int, int] | None = None
+        for index, message in enumerate(self._buckets[number].messages):
+            parts = [self._local_parts(param, source, formats) for param, source in message.pieces]
+            held = formats[self._own[message.pieces[0][0]]][parts[0][0][0]]
+            if not _is_sendable(message, parts, held, device):
                 offsets[index] = used = aligned(used)
                 used += message.nbytes
             offset = offsets.get(index)
-            for position, (param, source) in enumerate(message.pieces, start=1):
-                last = (index, position) == (len(messages) - 1, len(message.pieces))
-                self._parts[param].append(_MessagePart(index, offset, source, last))
+            for (param, source), of_piece in zip(message.pieces, parts, strict=True):
+                own = self._own[param]
+                for tensor, local, place in of_piece:
+                    self._parts[own].append(_MessagePart(index, offset, tensor, local, place, completes_bucket=False))
+                last = own, len(self._parts[own]) - 1
                 offset = offset + source.nbytes if offset is not None else None
+        if last is not None:
+            own, position = last
+            self._parts[own][position] = replace(self._parts[own][position], completes_bucket=True)
         self._offsets.append(offsets)
         return used
+
+    def _local_parts(self, param: int, source: Region, formats: Formats) -> list[tuple[int, Region, Region]]:
+        """Return (tensor, part of it, place on the wire) of a region of the full parameter, which this rank holds."""
+        of_param = formats[self._own[param]]
+        tensor = next(index for index, each in enumerate(of_param) if each.box.has(source.offset))
+        held = of_param[tensor]
+        return [(tensor, *both) for both in localize(source, held.box, held.strides)]
 
     def begin(self, group: Group, deadline: Deadline, timer: PhaseTimer, *, checksums: bool) -> None:
         """Begin a sync over `group`, of which this rank is rank 0."""
@@ -104,23 +127,21 @@ class LaneSender:
         self._works.clear()
         self.ring.reset()
 
-    def add(self, param: int, tensor: torch.Tensor) -> Iterator[OutgoingBucket]:
-        """Take the parts that the lane needs of a full tensor; yield every bucket that they complete."""
-        pieces = self._parts.get(param, ())
-        if pieces and not tensor.is_contiguous():
-            tensor = tensor.contiguous()
-        for piece in pieces:
+    def add(self, param: int, tensors: Sequence[torch.Tensor]) -> Iterator[OutgoingBucket]:
+        """Take the parts that the lane needs of the source's parameter; yield every bucket that they complete."""
+        for piece in self._parts.get(param, ()):
             bucket = self._open = self._open or self._next_bucket()
             if bucket.params[-1:] != [param]:
                 bucket.params.append(param)
-            source = piece.source
+            tensor, local, place = tensors[piece.tensor], piece.local, piece.place
             if piece.offset is None:
-                bucket.tensors[piece.message] = source.bytes_of(tensor)
+                bucket.tensors[piece.message] = local.bytes_of(tensor)
             else:
-                part = self.ring.buffer(bucket.number)[piece.offset : piece.offset + source.nbytes]
-                bucket.buffer_views.append(part.view(source.dtype).view(source.shape))
-                offset = tensor.storage_offset() + source.offset
-                bucket.packed.append(tensor.as_strided(source.shape, source.stride, offset))
+                buffer = self.ring.buffer(bucket.number)[piece.offset :]
+                whole = buffer[: buffer.numel() // place.dtype.itemsize * place.dtype.itemsize].view(place.dtype)
+                bucket.buffer_views.append(place.view(whole))
+                offset = tensor.storage_offset() + local.offset
+                bucket.packed.append(tensor.as_strided(local.shape, local.stride, offset))
             if piece.completes_bucket:
                 # At once: workers that process a stage together may wait for this bucket on another lane.
                 self._open = None
@@ -170,7 +191,11 @@ class LaneSender:
         return OutgoingBucket(self.index, number, tensors)
 
 
-def _is_sendable(message: Message, formats: Formats, device: str) -> bool:
+def _is_sendable(
+    message: Message, parts: Sequence[Sequence[tuple[int, Region, Region]]], held: LocalFormat, device: str
+) -> bool:
     """Return whether the message can be sent from the trainer's memory, without a copy."""
-    (param, source), *others = message.pieces
-    return not others and source.is_contiguous and formats[param] == (source.dtype, device)
+    if [len(of_piece) for of_piece in parts] != [1]:
+        return False
+    ((_, local, place),) = parts[0]
+    return local.is_contiguous and place.is_contiguous and (held.dtype, held.device) == (message.dtype, device)

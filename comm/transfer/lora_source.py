@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from rollcast.comm.plan.manifest import Manifest
-from rollcast.comm.transfer.source import Weights, WeightSource, full_tensor, plain_name, unwrap
+from rollcast.comm.transfer.holding import LocalParam, Weights, local_param
+from rollcast.comm.transfer.source import GatheringSource, WeightSource, full_tensor, plain_name, unwrap
 
 # What peft puts before the names of the model that it wraps.
 PEFT_PREFIX = "base_model.model."
@@ -47,6 +48,10 @@ class LoraLayer:
         """The weight of lora_B: [out, rank]."""
         return self.module.lora_B[self.adapter].weight
 
+    def halves(self) -> list[tuple[str, torch.Tensor]]:
+        """Return both weights, with "A" and "B"."""
+        return [("A", self.a), ("B", self.b)]
+
     @property
     def scaling(self) -> float:
         """The factor of B @ A: alpha / rank, alpha / sqrt(rank), or what `set_scale` made of it."""
@@ -58,7 +63,7 @@ class LoraLayer:
         return product.T if getattr(self.module, "fan_in_fan_out", False) else product
 
 
-class AdapterSource(WeightSource):
+class AdapterSource(GatheringSource):
     """lora_A and lora_B of a peft model, under peft's checkpoint names; lora_B is multiplied by the scaling.
 
     source = AdapterSource(peft_model, dtype=torch.bfloat16)        # a `WeightSource`
@@ -77,24 +82,17 @@ class AdapterSource(WeightSource):
         scalings = repr([layer.scaling for layer in self._layers])
         return f", scaling {hashlib.sha256(scalings.encode()).hexdigest()[:8]}"
 
-    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """See `WeightSource.gather`."""
-        for param, tensor in super().gather(order):
+    def _full_tensors(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        for param, tensor in super()._full_tensors(order):
             layer = self._scaled.get(self.manifest.specs[param].name)
             yield param, tensor * layer.scaling if layer is not None and layer.scaling != 1.0 else tensor
 
-    def stable_tensors(self) -> None:
-        """See `WeightSource.stable_tensors`: a scaled B is made anew for each sync."""
-
-    def _named(self) -> dict[str, torch.Tensor]:
-        named: dict[str, torch.Tensor] = {}
-        for layer in self._layers:
-            named[f"{layer.name}.lora_A.weight"] = layer.a.detach()
-            named[f"{layer.name}.lora_B.weight"] = layer.b.detach()
-        return named
+    def _named(self) -> dict[str, LocalParam]:
+        named = [(f"{layer.name}.lora_{half}.weight", part) for layer in self._layers for half, part in layer.halves()]
+        return {name: local_param(name, part) for name, part in named}
 
 
-class MergedSource(WeightSource):
+class MergedSource(GatheringSource):
     """A peft model as the plain model that computes the same: base weights with the adapter merged into them.
 
     Names are those of the model without peft. The trainer's weights stay as they are: sums are made one parameter
@@ -113,16 +111,12 @@ class MergedSource(WeightSource):
                 raise ValueError(f"{layer.name}: peft has merged an adapter already: call unmerge_adapter() first")
         return super().current_manifest()
 
-    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """See `WeightSource.gather`."""
-        for param, tensor in super().gather(order):
+    def _full_tensors(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        for param, tensor in super()._full_tensors(order):
             layer = self._merged.get(self.manifest.specs[param].name)
             yield param, tensor if layer is None else (tensor + layer.delta()).to(tensor.dtype)
 
-    def stable_tensors(self) -> None:
-        """See `WeightSource.stable_tensors`: sums are made anew for each sync."""
-
-    def _named(self) -> dict[str, torch.Tensor]:
+    def _named(self) -> dict[str, LocalParam]:
         named = {base_name(name): tensor for name, tensor in super()._named().items() if not _is_lora(name)}
         for name, layer in self._merged.items():
             if name not in named:

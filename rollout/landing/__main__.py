@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rollcast.comm import Manifest, Move, TransferPlan, build_transfer
+from rollcast.comm import Holders, Manifest, Move, TransferPlan, build_transfer
 from rollcast.rollout.config import CPU_WEIGHTS, CPU_WEIGHTS_VARIABLE, DTYPES, RolloutConfig
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.compiler import compile_landing
@@ -107,7 +107,8 @@ def overview(folder: str, *, size: int, dtype: str, bucket_bytes: int, expert_pa
     if len(plans) == size:
         try:
             landings = {plan.digest: plan.moves for plan in plans}
-            transfer = build_transfer(manifest, landings, [plan.digest for plan in plans], bucket_bytes=bucket_bytes)
+            holders, digests = Holders.replicated(manifest, 1), [plan.digest for plan in plans]
+            transfer = build_transfer(holders, landings, digests, bucket_bytes=bucket_bytes)
         except ValueError as error:
             problems.append(str(error))
     return Overview(manifest, size, plans, transfer, list(dict.fromkeys(problems)))

@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from rollcast.comm import Box
 from rollcast.comm.report import WorkerReport
 from rollcast.rollout.config import RolloutConfig, SyncOptions
 from rollcast.rollout.errors import Failure
@@ -68,7 +69,7 @@ class LandingPlans(msgspec.Struct, frozen=True, tag=True):
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
-    """The place of one worker in its lane."""
+    """The place of one worker in one of its lanes."""
 
     lane: int
     rank: int
@@ -78,6 +79,9 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     """Trainer rank."""
     digest: str
     """Digest of the lane's buckets. A worker whose own digest differs refuses to join."""
+    boxes: dict[int, list[Box]] | None
+    """What the sender sends of each parameter. None: everything."""
+    bucket_bytes: int
     transport: str
     label: str
     """Name of the worker in errors."""
@@ -87,11 +91,10 @@ class JoinGroup(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Join the lanes' groups with every worker of the engine. Answered by `Done`."""
 
     address: str
-    assignments: list[Assignment]
-    """One for each worker."""
-    gather_order: list[int]
+    assignments: list[list[Assignment]]
+    """One for each lane of each worker."""
+    order: list[int]
     """Parameters in the order of the wire."""
-    bucket_bytes: int
     timeout_s: float
 
 
@@ -100,7 +103,7 @@ class Receive(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     version: int
     digests: list[str]
-    """Digest of each worker's lane."""
+    """Digest of each worker's lanes."""
     first_rank: int
     """Rank of the engine's first worker among the workers of all engines, counted from 1."""
     options: SyncOptions

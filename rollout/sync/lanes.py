@@ -19,6 +19,7 @@ from rollcast.comm import (
     WeightSource,
     host_store,
     join_group,
+    statement_to_text,
 )
 from rollcast.comm.agreement import Agreement
 from rollcast.comm.device.nvml import NVLINK
@@ -38,11 +39,15 @@ from rollcast.rollout.protocol.messages import (
 )
 from rollcast.rollout.protocol.registry import RankInfo
 from rollcast.rollout.sync.outcome import StepOutcome, agree_on
-from rollcast.rollout.sync.published_plan import Blueprint, publish_plan, read_plan
+from rollcast.rollout.sync.published_plan import Blueprint, merge_statements, publish_plan, read_plan
 
 # Most messages of a lane for which "auto" lets a worker read the trainer's memory over NVLink. That is faster for few
 # tensors, but costs more for each message than NCCL does: for the 18,867 tensors of Qwen3-30B-A3B NCCL is faster.
 MAX_IPC_MESSAGES = 4096
+
+
+# What rank 0 makes of all statements.
+COMPLETE = "complete"
 
 
 class Rendezvous(msgspec.Struct, frozen=True):
@@ -85,7 +90,30 @@ class Lanes:
         self._store: dist.TCPStore | None = None
         self._groups: dict[int, Group] = {}
         self._sender: WeightBroadcaster | None = None
+        # What each rank holds (rank 0).
+        self._statements: Sequence[str] = ()
         self.plan: TransferPlan | None = None
+
+    def exchange_statements(self, topic: str, *, deadline: Deadline) -> None:
+        """Let rank 0 know what every rank holds, unless there is a plan. Collective over the trainer ranks.
+
+        Raises `ValueError` on all ranks where they disagree about a parameter or leave a hole in it, and `SyncError`
+        naming a rank that does not come in time.
+        """
+        if self.plan is not None:
+            return
+
+        def take(statements: Sequence[str]) -> str:
+            merge_statements(statements)
+            self._statements = statements
+            return COMPLETE
+
+        own = statement_to_text(self._source.statement)
+        verdict = self._agreement.decide(f"{topic}/holdings", own, take, deadline=deadline)
+        if verdict.late_rank is not None:
+            raise SyncError(verdict.error, failures=[Failure(text=verdict.error, phase="agree")])
+        if verdict.error:
+            raise ValueError(verdict.error)
 
     def open(self, topic: str, *, join_deadline: Deadline, deadline: Deadline) -> None:
         """Make the plan and join the groups, unless that is done. Collective over the trainer ranks.
@@ -105,7 +133,7 @@ class Lanes:
         plan, store, outcome = None, None, StepOutcome()
         try:
             store = connect_store(address, join_deadline)
-            plan = read_plan(store, verdict.value.parts, self._source.manifest, self._config, rank=self._rank)
+            plan = read_plan(store, verdict.value.parts, self._config, rank=self._rank)
         except Exception as error:
             outcome = StepOutcome.of_error(error, phase="plan")
         # From here on nobody is late: rank 0 may give up, and end the store, at any time.
@@ -150,7 +178,8 @@ class Lanes:
     def _host_rendezvous(self, deadline: Deadline) -> Rendezvous:
         """Rank 0: collect the workers' landing plans and publish a blueprint made of them."""
         try:
-            replies = self._client.request_each(Prepare(self._source.manifest.to_bytes()), deadline=deadline)
+            manifest = merge_statements(self._statements).manifest
+            replies = self._client.request_each(Prepare(manifest.to_bytes()), deadline=deadline)
             digests = [expect(reply, Prepared).digests for reply in replies]
             landings: dict[str, bytes] = {}
             for engine, of_engine in enumerate(digests):
@@ -159,8 +188,9 @@ class Lanes:
                     (reply,) = collect({engine: request}, deadline=deadline)
                     landings |= zip(of_engine, expect(reply, LandingPlans).plans, strict=True)
             self._store, address = host_store(self._host, timeout_s=deadline.left_s())
-            blueprint = Blueprint(landings, [digest for of_engine in digests for digest in of_engine])
-            return Rendezvous(address, publish_plan(blueprint, self._store, self._source.manifest, self._config))
+            workers = [digest for of_engine in digests for digest in of_engine]
+            blueprint = Blueprint(self._statements, landings, workers)
+            return Rendezvous(address, publish_plan(blueprint, self._store, self._config))
         except Exception as error:
             return Rendezvous(outcome=StepOutcome.of_error(error, phase="prepare"))
 
@@ -190,6 +220,7 @@ class Lanes:
 
     def _join_own(self, plan: TransferPlan, store: dist.Store, deadline: Deadline) -> dict[int, Group]:
         join = partial(join_group, rank=0, deadline=deadline, device=self.device, label=f"trainer rank {self._rank}")
+        # All ranks join their lanes in the order of the lanes: none waits for one that waits for it.
         own = [lane for lane in plan.lanes if lane.sender == self._rank]
         try:
             return {
@@ -206,9 +237,8 @@ class Lanes:
             workers = range(engine * size, (engine + 1) * size)
             request = JoinGroup(
                 address=address,
-                assignments=[self._assignment(plan.lane_of(worker), worker) for worker in workers],
-                gather_order=list(plan.gather_order),
-                bucket_bytes=self._config.bucket_bytes,
+                assignments=[[self._assignment(lane, worker) for lane in plan.lanes_of(worker)] for worker in workers],
+                order=list(plan.order),
                 timeout_s=deadline.left_s(),
             )
             replies[engine] = self._client.request(engine, request)
@@ -222,6 +252,8 @@ class Lanes:
             size=len(lane.workers) + 1,
             sender=lane.sender,
             digest=lane.digest,
+            boxes=None if lane.boxes is None else {param: list(boxes) for param, boxes in lane.boxes.items()},
+            bucket_bytes=lane.bucket_bytes,
             transport=self._transport(lane),
             label=f"worker {rank} of engine {engine}",
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from torch import distributed as dist
 
-from rollcast.comm import Manifest, TransferPlan, build_transfer
+from rollcast.comm import Holders, TransferPlan, build_transfer, statement_from_text
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.landing.plan import LandingPlan
 
@@ -15,8 +15,10 @@ PART_BYTES = 4 << 20
 
 
 class Blueprint(msgspec.Struct, frozen=True):
-    """Everything, besides manifest and settings, that each rank makes the same `TransferPlan` of."""
+    """Everything, besides settings, that each rank makes the same `TransferPlan` of."""
 
+    statements: Sequence[str]
+    """What each trainer rank holds (`statement_to_text`), in rank order."""
     landings: Mapping[str, bytes]
     """`LandingPlan.to_bytes()` by digest, every different one once."""
     workers: Sequence[str]
@@ -24,21 +26,25 @@ class Blueprint(msgspec.Struct, frozen=True):
     digest: str = ""
     """Digest of the transfer plan."""
 
-    def build(self, manifest: Manifest, config: RolloutConfig) -> TransferPlan:
+    def build(self, config: RolloutConfig) -> TransferPlan:
         """Return the transfer plan. Raises `ValueError` for a parameter that no worker keeps."""
         return build_transfer(
-            manifest,
+            merge_statements(self.statements),
             {digest: LandingPlan.from_bytes(plan).moves for digest, plan in self.landings.items()},
             self.workers,
-            senders=config.trainers,
             bucket_bytes=config.bucket_bytes,
             paired=config.colocate,
         )
 
 
-def publish_plan(blueprint: Blueprint, store: dist.Store, manifest: Manifest, config: RolloutConfig) -> int:
+def merge_statements(texts: Sequence[str]) -> Holders:
+    """Return who holds what. Raises `ValueError` naming a parameter about which ranks disagree, or that has a hole."""
+    return Holders.of(list(map(statement_from_text, texts)))
+
+
+def publish_plan(blueprint: Blueprint, store: dist.Store, config: RolloutConfig) -> int:
     """Put the blueprint, with its plan's digest, into the groups' store (rank 0). Return the number of its parts."""
-    blueprint = msgspec.structs.replace(blueprint, digest=blueprint.build(manifest, config).digest)
+    blueprint = msgspec.structs.replace(blueprint, digest=blueprint.build(config).digest)
     text = base64.b64encode(msgspec.msgpack.encode(blueprint)).decode()
     starts = range(0, len(text), PART_BYTES)
     for part, start in enumerate(starts):
@@ -46,11 +52,11 @@ def publish_plan(blueprint: Blueprint, store: dist.Store, manifest: Manifest, co
     return len(starts)
 
 
-def read_plan(store: dist.Store, parts: int, manifest: Manifest, config: RolloutConfig, *, rank: int) -> TransferPlan:
+def read_plan(store: dist.Store, parts: int, config: RolloutConfig, *, rank: int) -> TransferPlan:
     """Return the plan of the blueprint that rank 0 has published. Raises `ValueError` if this rank makes another."""
     text = b"".join(store.get(f"blueprint/{part}") for part in range(parts))
     blueprint = msgspec.msgpack.decode(base64.b64decode(text), type=Blueprint)
-    plan = blueprint.build(manifest, config)
+    plan = blueprint.build(config)
     if plan.digest != blueprint.digest:
         raise ValueError(f"trainer rank {rank} made another transfer plan than rank 0: run one version of rollcast")
     return plan

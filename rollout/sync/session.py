@@ -6,7 +6,7 @@ The other two parts of the same story are `engine/sync.py` (engine process) and 
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightSource
+from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightSource, digest_of
 from rollcast.comm.agreement import Agreement, unanimous
 from rollcast.comm.report import WorkerReport
 from rollcast.rollout.config import RolloutConfig, SyncOptions
@@ -116,7 +116,8 @@ class SyncSession:
             # Else the engines would hold back their outputs for ever.
             self._leave_early(error)
             raise
-        report = SyncReport.of(self._version, self._source.manifest.nbytes, self._timer, workers)
+        assert self._lanes.plan is not None
+        report = SyncReport.of(self._version, self._lanes.plan.manifest.nbytes, self._timer, workers)
         self._pool.metrics.synced(report)
         return report
 
@@ -124,7 +125,8 @@ class SyncSession:
         """Make sure that all ranks are about to send the same: a rank with another plan would hang the others."""
         options, current = self._options, self._source.peek_manifest()
         kind = "self-test" if options.unchanged else f"{options.mode}, verify {options.verify}"
-        weights = f"weights {current.digest[:16]}{self._source.settings}"
+        change = self._source.change(current)
+        weights = f"weights {f'that changed: {change}' if change else 'as before'}{self._source.settings}"
         call = f"version {self._version} after {self._served_version}, {kind}, {weights}"
         deadline = Deadline(self._config.trainer_timeout_s)
         verdict = self._agreement.decide(f"{self._topic}/plan", call, unanimous, deadline=deadline)
@@ -138,6 +140,7 @@ class SyncSession:
         self._source.check_unchanged(current)
         if self._version <= self._served_version and not options.unchanged:
             raise ValueError(f"version must grow: {self._version} after {self._served_version}")
+        self._lanes.exchange_statements(self._topic, deadline=deadline)
 
     def _carry_out(self) -> list[WorkerReport]:
         """Transfer the weights, then commit and finalize, or abort and raise the same `SyncError` on every rank."""
@@ -192,7 +195,7 @@ class SyncSession:
                 workers = range(engine * size, (engine + 1) * size)
                 request = Receive(
                     version=self._version,
-                    digests=[plan.lane_of(worker).digest for worker in workers],
+                    digests=[digest_of(plan.lanes_of(worker)) for worker in workers],
                     first_rank=1 + engine * size,
                     options=self._options,
                     alone=self._alone,

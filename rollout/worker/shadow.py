@@ -1,11 +1,12 @@
 """New weights in spare memory: received while the engine decodes, then copied in at once (vLLM worker process)."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from rollcast.comm import Deadline, Group, Landing, Lane, PhaseTimer, WeightReceiver
+from rollcast.comm import Deadline, Landing, Lane, LaneGroups, PhaseTimer, WeightReceiver
 from rollcast.comm.device.fused_copy import FusedCopy
 from rollcast.rollout.errors import LandingError
 
@@ -16,17 +17,16 @@ RESERVED_BYTES = 1 << 30
 class ShadowLanding:
     """A `Landing` into spare memory. `apply` copies what it holds into the live landing."""
 
-    def __init__(self, landing: Landing, lane: Lane, *, device: torch.device) -> None:
-        staged = {(message.stage, message.target) for message in lane.messages if message.stage is not None}
-        direct = dict.fromkeys(message.target for message in lane.messages if message.stage is None)
+    def __init__(self, landing: Landing, lanes: Sequence[Lane], *, device: torch.device) -> None:
+        messages = [message for lane in lanes for message in lane.messages]
+        staged = {(message.stage, message.target) for message in messages if message.stage is not None}
+        direct = dict.fromkeys(message.target for message in messages if message.stage is None)
         self._landing = landing
         buffers = {key: landing.staging(*key) for key in staged}
         _raise_if_too_large(sum(t.nbytes for t in (*map(landing.live, direct), *buffers.values())), device)
         # Copies, because no move writes the padding, which must stay as it is.
         self._direct = {target: landing.live(target).clone() for target in direct}
-        self._staged: dict[int, dict[str, torch.Tensor]] = {
-            stage: {} for bucket in lane.buckets for stage in bucket.finishes
-        }
+        self._staged: dict[int, dict[str, torch.Tensor]] = {stage: {} for stage in stages_in_order(lanes)}
         for (stage, target), buffer in buffers.items():
             self._staged[stage][target] = buffer.clone()
         landing.abort()
@@ -70,23 +70,23 @@ class ShadowLanding:
 class Shadow:
     """Receives into spare memory while the engine decodes, one sync at a time (endpoint's thread, side stream)."""
 
-    def __init__(self, landing: Landing, lane: Lane, *, device: torch.device) -> None:
-        self._landing = ShadowLanding(landing, lane, device=device)
-        self._receiver = WeightReceiver(lane, self._landing, device=device)
+    def __init__(self, landing: Landing, lanes: Sequence[Lane], *, device: torch.device) -> None:
+        self._landing = ShadowLanding(landing, lanes, device=device)
+        self._receiver = WeightReceiver(lanes, self._landing, device=device)
         self._device = device
         self._applied: Any = None
         self._complete = False
 
-    def receive(self, group: Group, *, verify: str, deadline: Deadline) -> dict[str, float]:
-        """Receive a version, which serves after `apply`; return the seconds by phase. Collective over the lane."""
+    def receive(self, groups: LaneGroups, *, verify: str, deadline: Deadline) -> dict[str, float]:
+        """Receive a version, which serves after `apply`; return the seconds by phase. Collective over the lanes."""
         self._complete = False
         timer = PhaseTimer()
         if self._applied is not None:
             # The last `apply` may still read the memory that is received into now.
             torch.cuda.current_stream(self._device).wait_event(self._applied)
-        self._receiver.receive(group, deadline=deadline, timer=timer, checksums=verify != "none")
+        self._receiver.receive(groups, deadline=deadline, timer=timer, checksums=verify != "none")
         if verify == "full":
-            self._receiver.verify(group, deadline=deadline, timer=timer)
+            self._receiver.verify(groups, deadline=deadline, timer=timer)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         self._complete = True
@@ -103,6 +103,15 @@ class Shadow:
         self._landing.apply()
         if self._device.type == "cuda":
             self._applied = torch.cuda.current_stream(self._device).record_event()
+
+
+def stages_in_order(lanes: Sequence[Lane]) -> list[int]:
+    """Return the stages of some lanes in the order in which the last of their messages are sent."""
+    last = {
+        stage: max(bucket.position for lane in lanes for bucket in lane.buckets if stage in bucket.finishes)
+        for stage in {stage for lane in lanes for bucket in lane.buckets for stage in bucket.finishes}
+    }
+    return sorted(last, key=lambda stage: (last[stage], stage))
 
 
 def spare_bytes(device: torch.device) -> int:

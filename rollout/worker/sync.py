@@ -1,19 +1,19 @@
 """One worker's side of a sync (vLLM worker process: every tensor-parallel rank of every engine)."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 
-from rollcast.comm import Deadline, Group, Lane, Manifest, PhaseTimer, WeightReceiver, fill_buckets, join_group
+from rollcast.comm import Deadline, Lane, LaneGroups, Manifest, PhaseTimer, WeightReceiver, join_group
 from rollcast.comm.deadline import poll_sleep
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.lora import AdapterLanding
-from rollcast.rollout.protocol.messages import JoinGroup, ReceiveResult
+from rollcast.rollout.protocol.messages import Assignment, JoinGroup, ReceiveResult
 from rollcast.rollout.protocol.worker_channel import WorkerEndpoint
 from rollcast.rollout.worker.fingerprint import fingerprint_64bit, raise_if_changed
 from rollcast.rollout.worker.model import WorkerModel
@@ -34,7 +34,7 @@ class WorkerSync:
         """Nothing of vLLM's `worker` is read before a method needs it."""
         self.model = WorkerModel(worker)
         self.gate: StepGate | None = None
-        self.group: Group | None = None
+        self.groups: LaneGroups | None = None
         self.receiver: WeightReceiver | None = None
         self.shadow: Shadow | None = None
         self.landing: LiveLanding | AdapterLanding
@@ -79,50 +79,50 @@ class WorkerSync:
         return plan.digest
 
     def join(self, request: JoinGroup) -> None:
-        """Join the group of this worker's lane. Collective over the lane.
+        """Join the groups of this worker's lanes. Collective over each lane.
 
-        Raises `ValueError` if the lane's buckets differ from the sender's.
+        Raises `ValueError` if a lane's buckets differ from the sender's.
         """
         deadline = Deadline(request.timeout_s)
         self.leave()
-        assignment = request.assignments[self.rank]
-        buckets = fill_buckets(self.landing.plan.moves, request.gather_order, bucket_bytes=request.bucket_bytes)
-        lane = Lane(assignment.lane, assignment.sender, (), buckets)
-        if lane.digest != assignment.digest:
-            raise ValueError("the worker's transfer plan differs from the trainer's: run one version of rollcast")
-        self._bind(lane)
-        self.group = join_group(
-            assignment.transport,
-            request.address,
-            rank=assignment.rank,
-            size=assignment.size,
-            deadline=deadline,
-            device=self.device,
-            name=f"lane-{assignment.lane}",
-            label=assignment.label,
-        )
+        assignments = request.assignments[self.rank]
+        self._bind([self._lane(assignment, request.order) for assignment in assignments])
+        groups = LaneGroups({})
+        # All ranks join their lanes in the order of the lanes: none waits for one that waits for it.
+        for assignment in assignments:
+            groups[assignment.lane] = join_group(
+                assignment.transport,
+                request.address,
+                rank=assignment.rank,
+                size=assignment.size,
+                deadline=deadline,
+                device=self.device,
+                name=f"lane-{assignment.lane}",
+                label=assignment.label,
+            )
+        self.groups = groups
 
     def receive(
         self, *, version: int, digests: list[str], slot: int, verify: str, unchanged: bool, deadline: Deadline
     ) -> ReceiveResult:
-        """Receive one sync into the live parameters. Collective over the lane.
+        """Receive one sync into the live parameters. Collective over the lanes.
 
         `digests` are those of the lanes of the engine's workers; `slot` is the LoRA slot to fill; with `unchanged`
         no tensor may change.
 
-        On any failure the worker leaves the group, which makes the sender fail at once, and the parameters stay
+        On any failure the worker leaves the groups, which makes the senders fail at once, and the parameters stay
         partially updated until a later sync succeeds.
         """
         timer = PhaseTimer()
         with self._leave_on_failure(), self._after_steps(deadline, timer) as (gate, stream):
-            group, receiver = self._joined(gate, version=version, digests=digests, slot=slot)
-            group.low_priority = False
+            groups, receiver = self._joined(gate, version=version, digests=digests, slot=slot)
+            groups.set_low_priority(False)
             before = fingerprint_64bit(self.model.module) if unchanged else {}
             receiver.receive(
-                group, deadline=deadline, timer=timer, checksums=verify != "none", meanwhile=self._raise_if_moved
+                groups, deadline=deadline, timer=timer, checksums=verify != "none", meanwhile=self._raise_if_moved
             )
             if verify == "full":
-                receiver.verify(group, deadline=deadline, timer=timer)
+                receiver.verify(groups, deadline=deadline, timer=timer)
             if unchanged:
                 raise_if_changed(before, fingerprint_64bit(self.model.module))
             if stream is not None:
@@ -133,20 +133,20 @@ class WorkerSync:
     def receive_shadow(
         self, *, version: int, digests: list[str], slot: int, verify: str, deadline: Deadline
     ) -> ReceiveResult:
-        """Receive one sync into spare memory while the engine decodes. Collective over the lane.
+        """Receive one sync into spare memory while the engine decodes. Collective over the lanes.
 
         Arguments as for `receive`; the result has no tokens. Raises `LandingError` if there is not enough spare memory.
         """
         with self._leave_on_failure():
             with self._between_steps(deadline) as gate:
-                group, receiver = self._joined(gate, version=version, digests=digests, slot=slot)
-                group.low_priority = True
+                groups, receiver = self._joined(gate, version=version, digests=digests, slot=slot)
+                groups.set_low_priority(True)
                 if self.shadow is None:
                     with gate.side_stream() as stream:
                         gate.order_after_steps(stream)
-                        self.shadow = Shadow(self.landing, receiver.lane, device=self.device)
+                        self.shadow = Shadow(self.landing, receiver.planned, device=self.device)
             with gate.side_stream(), torch.no_grad():
-                phases_s = self.shadow.receive(group, verify=verify, deadline=deadline)
+                phases_s = self.shadow.receive(groups, verify=verify, deadline=deadline)
                 self._raise_if_moved()
                 return ReceiveResult(phases_s=phases_s)
 
@@ -169,16 +169,29 @@ class WorkerSync:
         self.shadow = None
         if self.receiver is not None:
             self.receiver.release()
-        if self.group is not None:
-            self.group.unmap()
+        if self.groups is not None:
+            self.groups.unmap()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def leave(self) -> None:
-        """Leave the lane's group. Idempotent."""
-        if self.group is not None:
-            self.group.close()
-            self.group = None
+        """Leave the lanes' groups. Idempotent."""
+        if self.groups is not None:
+            self.groups.close()
+            self.groups = None
+
+    def _lane(self, assignment: Assignment, order: Sequence[int]) -> Lane:
+        lane = Lane.build(
+            self.landing.plan.moves,
+            order,
+            index=assignment.lane,
+            sender=assignment.sender,
+            boxes=assignment.boxes,
+            bucket_bytes=assignment.bucket_bytes,
+        )
+        if lane.digest != assignment.digest:
+            raise ValueError("the worker's transfer plan differs from the trainer's: run one version of rollcast")
+        return lane
 
     def _run(self, method: str, arguments: dict[str, Any], deadline: Deadline) -> Any:
         """Call a method for the engine process, on the endpoint's thread."""
@@ -200,21 +213,21 @@ class WorkerSync:
 
         Yields the gate and the stream of that work. While the steps run, the first buckets travel already.
         """
-        gate, group, receiver = self.gate, self.group, self.receiver
+        gate, groups, receiver = self.gate, self.groups, self.receiver
         assert gate is not None
-        # The workers of one engine would wait for each other, and the sender for one of them.
+        # The workers of one engine would wait for each other, and a sender for one of them.
         may_prefetch = self._endpoint.workers == 1
 
         def start_prefetch() -> None:
-            if group and receiver and may_prefetch and gate.gpu_busy and receiver.prepare_prefetch(spare_bytes):
+            if groups and receiver and may_prefetch and gate.gpu_busy and receiver.prepare_prefetch(spare_bytes):
                 # The steps need the GPU.
-                group.low_priority = True
-                receiver.start_prefetch(group, deadline=deadline)
+                groups.set_low_priority(True)
+                receiver.start_prefetch(groups, deadline=deadline)
 
         with gate.side_stream() as stream:
-            if group and receiver and may_prefetch:
-                # The trainer may still gather or pack: the engine decodes on meanwhile.
-                _wait_until_ready(group, gate, deadline)
+            if groups and receiver and may_prefetch:
+                # The trainers may still gather or pack: the engine decodes on meanwhile.
+                _wait_until_ready(groups, gate, deadline)
                 if gate.gpu_busy:
                     receiver.prepare_prefetch(spare_bytes)
             waited_s = timer.total_s()
@@ -225,27 +238,29 @@ class WorkerSync:
 
     @contextmanager
     def _leave_on_failure(self) -> Iterator[None]:
-        """Leave the group if the context fails: the one of its start, for a later sync may have joined another."""
-        group = self.group
+        """Leave the groups if the context fails: those of its start, for a later sync may have joined others."""
+        groups = self.groups
         try:
             yield
         except BaseException:
-            if group is not None:
-                group.close()
-            if self.group is group:
-                self.group = None
+            if groups is not None:
+                groups.close()
+            if self.groups is groups:
+                self.groups = None
             raise
 
-    def _joined(self, gate: StepGate, *, version: int, digests: list[str], slot: int) -> tuple[Group, WeightReceiver]:
-        """Return the group and the receiver, if this worker can receive the sync that was announced."""
-        if self.group is None or self.receiver is None:
-            raise RuntimeError("this worker has not joined its lane's group, or has left it after a failure")
+    def _joined(
+        self, gate: StepGate, *, version: int, digests: list[str], slot: int
+    ) -> tuple[LaneGroups, WeightReceiver]:
+        """Return the groups and the receiver, if this worker can receive the sync that was announced."""
+        if self.groups is None or self.receiver is None:
+            raise RuntimeError("this worker has not joined its lanes' groups, or has left them after a failure")
         self._follow_moved_tensors(gate, self.receiver)
-        if self.receiver.lane.digest != digests[self.rank]:
+        if self.receiver.digest != digests[self.rank]:
             raise ValueError(f"version {version} was announced with another transfer plan than the one joined with")
         if isinstance(self.landing, AdapterLanding):
             self.landing.slot = slot
-        return self.group, self.receiver
+        return self.groups, self.receiver
 
     def _follow_moved_tensors(self, gate: StepGate, receiver: WeightReceiver) -> None:
         """Bind to the live tensors again if a call of vLLM's has moved any since the last sync."""
@@ -260,7 +275,7 @@ class WorkerSync:
         if plan.digest != self.landing.plan.digest:
             raise LandingError(f"{moved} was replaced and the weights now land elsewhere: sync again to plan anew")
         self.landing = self.model.land(plan)
-        self._bind(receiver.lane)
+        self._bind(receiver.planned)
 
     def _moved_tensor(self) -> str | None:
         """Return the name of a live tensor that is not where it was, if any."""
@@ -271,14 +286,14 @@ class WorkerSync:
         if (moved := self._moved_tensor()) is not None:
             raise LandingError(MOVED.format(moved))
 
-    def _bind(self, lane: Lane) -> None:
-        self.receiver = WeightReceiver(lane, self.landing, device=self.device)
+    def _bind(self, lanes: Sequence[Lane]) -> None:
+        self.receiver = WeightReceiver(lanes, self.landing, device=self.device)
         self.shadow = None
 
 
-def _wait_until_ready(group: Group, gate: StepGate, deadline: Deadline) -> None:
-    """Wait until the first broadcast can start."""
+def _wait_until_ready(groups: LaneGroups, gate: StepGate, deadline: Deadline) -> None:
+    """Wait until the first broadcasts can start."""
     start = time.perf_counter()
-    while not group.ready():
-        deadline.left("the trainer's first bucket")
+    while not groups.ready():
+        deadline.left("the trainers' first buckets")
         poll_sleep(start, low_priority=gate.gpu_busy)

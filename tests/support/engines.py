@@ -2,8 +2,9 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,20 +13,19 @@ from torch import distributed as dist
 
 from rollcast.comm import (
     Deadline,
-    Group,
     Lane,
+    LaneGroups,
     Manifest,
     Move,
     PhaseTimer,
     Region,
     WeightReceiver,
-    WeightSource,
-    fill_buckets,
     host_store,
     join_group,
 )
 from rollcast.comm.agreement import Agreement
 from rollcast.comm.report import WorkerReport
+from rollcast.comm.transfer.source import GatheringSource
 from rollcast.rollout import RolloutConfig
 from rollcast.rollout.errors import EngineError, Failure
 from rollcast.rollout.landing.plan import LandingPlan
@@ -53,7 +53,7 @@ class Worker:
 
     def __init__(self, index: int, size: int, ballast: int) -> None:
         self.index, self.size, self.ballast = index, size, ballast
-        self.group: Group | None = None
+        self.groups: LaneGroups | None = None
 
     def prepare(self, manifest: Manifest) -> str:
         moves: list[Move] = []
@@ -69,34 +69,44 @@ class Worker:
         return self.plan.digest
 
     def join(self, request: JoinGroup) -> None:
-        assignment = request.assignments[self.index]
-        buckets = fill_buckets(self.plan.moves, request.gather_order, bucket_bytes=request.bucket_bytes)
-        lane = Lane(assignment.lane, assignment.sender, (), buckets)
-        assert lane.digest == assignment.digest
+        assignments = request.assignments[self.index]
+        lanes = [
+            Lane.build(
+                self.plan.moves,
+                request.order,
+                index=each.lane,
+                sender=each.sender,
+                boxes=each.boxes,
+                bucket_bytes=each.bucket_bytes,
+            )
+            for each in assignments
+        ]
+        assert [lane.digest for lane in lanes] == [each.digest for each in assignments]
         self.memory.events = []
-        self.receiver = WeightReceiver(lane, self.memory, device=CPU)
-        self.group = join_group(
-            assignment.transport,
-            request.address,
-            rank=assignment.rank,
-            size=assignment.size,
-            name=f"lane-{assignment.lane}",
-            deadline=Deadline(request.timeout_s),
+        self.receiver = WeightReceiver(lanes, self.memory, device=CPU)
+        join = partial(join_group, deadline=Deadline(request.timeout_s))
+        self.groups = LaneGroups(
+            {
+                each.lane: join(
+                    each.transport, request.address, rank=each.rank, size=each.size, name=f"lane-{each.lane}"
+                )
+                for each in assignments
+            }
         )
 
     def receive(self, request: Receive) -> dict[str, float]:
-        assert self.group is not None
-        assert self.receiver.lane.digest == request.digests[self.index]
+        assert self.groups is not None
+        assert self.receiver.digest == request.digests[self.index]
         timer, deadline = PhaseTimer(), Deadline(request.timeout_s)
-        self.receiver.receive(self.group, deadline=deadline, timer=timer, checksums=request.options.verify != "none")
+        self.receiver.receive(self.groups, deadline=deadline, timer=timer, checksums=request.options.verify != "none")
         if request.options.verify == "full":
-            self.receiver.verify(self.group, deadline=deadline, timer=timer)
+            self.receiver.verify(self.groups, deadline=deadline, timer=timer)
         return timer.phases_s
 
     def leave(self) -> None:
-        if self.group is not None:
-            self.group.close()
-            self.group = None
+        if self.groups is not None:
+            self.groups.close()
+            self.groups = None
 
 
 @dataclass
@@ -150,17 +160,21 @@ class Engines:
 
     def _all(self, engine: int, request: Request, act: Callable[[Worker], Any], *, phase: str) -> list[Any]:
         def run(worker: Worker) -> Any:
-            joined = worker.group
+            joined = worker.groups
             try:
                 self.fault(engine, worker.index, request)
                 return act(worker)
             except BaseException:
                 # Not a group that it has joined for a later sync.
-                if worker.group is joined:
+                if worker.groups is joined:
                     worker.leave()
                 raise
 
         futures = [self._threads.submit(run, worker) for worker in self.workers[engine]]
+        # As an engine does: the first failure, not those that follow from it.
+        for failed in wait(futures, return_when=FIRST_EXCEPTION).done:
+            if failed.exception():
+                futures = [failed]
         try:
             return [future.result() for future in futures]
         except Exception as error:
@@ -173,18 +187,15 @@ def _engine_error(error: Exception, *, engine: int, phase: str) -> EngineError:
     return EngineError(failures=[Failure(text=str(error), engine=engine, phase=phase)])
 
 
-class Sharded(WeightSource):
-    """Weights that are gathered on all ranks at the same time, as with FSDP2."""
+class Sharded(GatheringSource):
+    """Weights that are gathered on all ranks at the same time, as to merge an adapter into shards."""
 
     def __init__(self, weights: Weights, meeting: threading.Barrier) -> None:
         super().__init__(weights)
         self.meeting = meeting
         self.gathers = 0
 
-    def stable_tensors(self) -> None:
-        """Shards are gathered anew for each sync."""
-
-    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
         self.gathers += 1
         for item in super().gather(order):
             self.meeting.wait(10.0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rollcast.comm import Deadline, Group
+from rollcast.comm import Deadline, Group, LaneGroups
 from rollcast.comm.transport import Work
 from rollcast.rollout.protocol.messages import JoinGroup, ReceiveResult
 from rollcast.rollout.worker import WorkerSync
@@ -25,8 +25,8 @@ class FaultySync(WorkerSync):
 
     def join(self, request: JoinGroup) -> None:
         super().join(request)
-        assert self.group is not None
-        self.group = FlippingGroup(self.group, self.rank)
+        assert self.groups is not None
+        self.groups = LaneGroups({lane: FlippingGroup(group, self.rank) for lane, group in self.groups.items()})
 
     def receive(self, *, version: int, **arguments: Any) -> ReceiveResult:
         fault = FAULT.read_text()

@@ -92,36 +92,43 @@ class Ranks:
     def __init__(self, *lanes: Sequence[int]) -> None:
         self.start = ThreadPoolExecutor(2 * sum(len(workers) + 1 for workers in lanes)).submit
         store, address = host_store("127.0.0.1", timeout_s=LONG_S)
-        joining = {}
+        joining: dict[tuple[Any, int], Future[Group]] = {}
         for lane, workers in enumerate(lanes):
             join = partial(join_group, "gloo", size=len(workers) + 1, deadline=Deadline(LONG_S), name=f"lane {lane}")
             joining["sender", lane] = self.start(join, store, rank=0)
             for rank, worker in enumerate(workers, start=1):
-                joining["worker", worker] = self.start(join, address, rank=rank)
+                joining[worker, lane] = self.start(join, address, rank=rank)
         groups = {key: future.result(LONG_S) for key, future in joining.items()}
-        self.senders: dict[int, Group] = {index: group for (side, index), group in groups.items() if side == "sender"}
-        self.workers: dict[int, Group] = {index: group for (side, index), group in groups.items() if side == "worker"}
+        self.senders: dict[int, Group] = {lane: group for (side, lane), group in groups.items() if side == "sender"}
+        self.lanes_of: dict[int, dict[int, Group]] = {}
+        """Groups of each worker, by lane."""
+        for (side, lane), group in groups.items():
+            if side != "sender":
+                self.lanes_of.setdefault(side, {})[lane] = group
+        self.workers: dict[int, Group] = {w: next(iter(of_worker.values())) for w, of_worker in self.lanes_of.items()}
+        """The only group of each worker, where it has one."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for group in (*self.senders.values(), *self.workers.values()):
-            group.close()
+        for groups in (self.senders, *self.lanes_of.values()):
+            for group in groups.values():
+                group.close()
 
     def sync(
         self, broadcasters: Sequence[WeightBroadcaster], receivers: Mapping[int, WeightReceiver], **options: Any
     ) -> None:
         """Run one sync on all ranks. Raises the first failure."""
         sent = [self.start(send, broadcaster, self.senders, **options) for broadcaster in broadcasters]
-        received = [self.start(receive, receiver, self.workers[w], **options) for w, receiver in receivers.items()]
+        received = [self.start(receive, receiver, self.lanes_of[w], **options) for w, receiver in receivers.items()]
         all_results(*received, *sent)
 
     def verify(self, broadcasters: Sequence[WeightBroadcaster], receivers: Mapping[int, WeightReceiver]) -> None:
         """Send everything again and compare. Raises the first failure."""
         sent = [self.start(send, broadcaster, self.senders) for broadcaster in broadcasters]
         verified = [
-            self.start(receiver.verify, self.workers[w], deadline=Deadline(LONG_S), timer=PhaseTimer())
+            self.start(receiver.verify, self.lanes_of[w], deadline=Deadline(LONG_S), timer=PhaseTimer())
             for w, receiver in receivers.items()
         ]
         all_results(*verified, *sent)
@@ -138,11 +145,11 @@ def all_results(*futures: Future[Any]) -> list[Any]:
 class WatchedSource(WeightSource):
     """A source that records the parameters that were gathered."""
 
-    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
         self.gathered: list[int] = []
-        for param, tensor in super().gather(order):
+        for param, tensors in super().gather(order):
             self.gathered.append(param)
-            yield param, tensor
+            yield param, tensors
 
 
 class TappedWork:
@@ -193,14 +200,16 @@ def send(
     return timer
 
 
-def receive(receiver: WeightReceiver, group: Group, timeout_s: float = LONG_S, **options: Any) -> PhaseTimer:
+def receive(receiver: WeightReceiver, groups: Any, timeout_s: float = LONG_S, **options: Any) -> PhaseTimer:
+    """`groups` maps lanes to groups, or is the group of the only lane."""
     timer = PhaseTimer()
-    receiver.receive(group, deadline=Deadline(timeout_s), timer=timer, **options)
+    groups = groups if isinstance(groups, dict) else dict.fromkeys(receiver.lanes, groups)
+    receiver.receive(groups, deadline=Deadline(timeout_s), timer=timer, **options)
     return timer
 
 
-def receiver_of(lane: Lane, memory: Memory) -> WeightReceiver:
-    return WeightReceiver(lane, memory, device=CPU)
+def receiver_of(lanes: Sequence[Lane], memory: Memory) -> WeightReceiver:
+    return WeightReceiver(lanes, memory, device=CPU)
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from moves import whole_moves
 from ranks import CPU, Memory, Ranks, Weights, receiver_of, same_bytes
 
-from rollcast.comm import Manifest, Move, ParamSpec, WeightBroadcaster, WeightSource, build_transfer
+from rollcast.comm import Holders, Manifest, Move, ParamSpec, WeightBroadcaster, WeightSource, build_transfer
 
 BUCKET_BYTES = 1024
 
@@ -27,13 +27,21 @@ class Sides:
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         moves = moves or whole_moves(source.manifest)
-        self.plan = build_transfer(source.manifest, {"w": moves}, ["w"] * workers, bucket_bytes=bucket_bytes)
+        self.plan = build_transfer(
+            Holders.replicated(source.manifest, 1), {"w": moves}, ["w"] * workers, bucket_bytes=bucket_bytes
+        )
         self.broadcaster = WeightBroadcaster(source, self.plan, device=CPU)
         self.memories = [memory_of(source.manifest, moves, refuse=refuse) for _ in range(workers)]
-        self.receivers = {w: receiver_of(self.plan.lanes[0], memory) for w, memory in enumerate(self.memories)}
+        self.receivers = {w: receiver_of(self.plan.lanes, memory) for w, memory in enumerate(self.memories)}
 
     def sync(self, ranks: Ranks) -> None:
         ranks.sync([self.broadcaster], self.receivers)
+
+
+def full_tensors(source: WeightSource) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
+    """Yield every parameter's spec and full tensor, which this rank holds."""
+    for param, (tensor,) in source.gather(range(len(source.manifest.specs))):
+        yield source.manifest.specs[param], tensor
 
 
 def every_kind(*, seed: int) -> Weights:
@@ -53,12 +61,6 @@ def every_kind(*, seed: int) -> Weights:
         "int64": torch.randint(-(2**62), 2**62, (5,)),
         "bool": torch.rand(2000) < 0.5,
     }
-
-
-def full_tensors(source: WeightSource) -> Iterator[tuple[ParamSpec, torch.Tensor]]:
-    """Yield (spec, full tensor) of every parameter in manifest order."""
-    for param, tensor in source.gather(range(len(source.manifest.specs))):
-        yield source.manifest.specs[param], tensor
 
 
 def large_source(count: int = 800) -> WeightSource:

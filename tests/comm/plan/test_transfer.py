@@ -8,6 +8,7 @@ import torch
 from moves import random_sink, random_weights, whole_moves
 
 from rollcast.comm import (
+    Holders,
     Lane,
     Manifest,
     Move,
@@ -30,7 +31,8 @@ def manifest(*rows: tuple[str, tuple[int, ...], torch.dtype]) -> Manifest:
 def plan_of(rows=BASE, *, workers=("w",), senders: int = 1, bucket_bytes: int = 1024) -> TransferPlan:
     """Plan for workers that all keep everything; workers of different names have lanes of their own."""
     landings = {name: whole_moves(manifest(*rows)) for name in dict.fromkeys(workers)}
-    return build_transfer(manifest(*rows), landings, workers, senders=senders, bucket_bytes=bucket_bytes)
+    holders = Holders.replicated(manifest(*rows), senders)
+    return build_transfer(holders, landings, workers, bucket_bytes=bucket_bytes)
 
 
 def flat(param: int, target: str, start: int = 0, *, numel: int = 4, stage: int | None = None) -> Move:
@@ -75,23 +77,22 @@ def test_parameters_are_gathered_in_the_order_of_the_workers_memory(
 
 def test_a_plan_has_the_gather_order_of_its_workers() -> None:
     moves = whole_moves(manifest(*BASE))
-    plan = build_transfer(manifest(*BASE), {"w": moves[::-1]}, ["w"], bucket_bytes=1024)
-    assert plan.gather_order == (1, 0)
+    plan = build_transfer(Holders.replicated(manifest(*BASE), 1), {"w": moves[::-1]}, ["w"], bucket_bytes=1024)
+    assert plan.order == (1, 0)
     assert [message.target for message in plan.lanes[0].messages] == ["c", "a", "a"]
 
 
 def test_workers_with_equal_digests_share_a_lane() -> None:
     plan = plan_of(workers=("p", "q", "p", "r", "q", "p"))
     assert [lane.workers for lane in plan.lanes] == [(0, 2, 5), (1, 4), (3,)]
-    assert [plan.lane_of(worker).index for worker in range(6)] == [0, 1, 0, 2, 1, 0]
+    assert [plan.lanes_of(worker)[0].index for worker in range(6)] == [0, 1, 0, 2, 1, 0]
     assert [lane.index for lane in plan.lanes] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("senders", "expected"), [(1, [0] * 5), (2, [0, 1, 0, 1, 0]), (3, [0, 1, 2, 0, 1]), (8, [0, 1, 2, 3, 4])]
-)
-def test_lanes_are_dealt_to_the_senders_in_turn(senders: int, expected: list[int]) -> None:
-    assert [lane.sender for lane in plan_of(workers=tuple("pqrst"), senders=senders).lanes] == expected
+def test_workers_have_a_lane_from_every_rank_that_sends_them_anything() -> None:
+    plan = plan_of(workers=("p", "q", "p"), senders=3)
+    assert [(lane.sender, lane.workers) for lane in plan.lanes] == [(0, (0, 2)), (1, (0, 2)), (0, (1,)), (1, (1,))]
+    assert [[lane.index for lane in plan.lanes_of(worker)] for worker in range(3)] == [[0, 1], [2, 3], [0, 1]]
 
 
 def test_bytes_of_a_lane_are_those_of_its_messages() -> None:
@@ -107,15 +108,15 @@ def test_a_parameter_that_no_worker_keeps_is_named(kept: list[int]) -> None:
     moves = [move for move in whole_moves(specs) if move.param in kept]
     first = "z [3] bfloat16" if 0 in kept else "a [2, 2] float32"
     with pytest.raises(ValueError, match=f"no place for parameter {first}".replace("[", r"\[").replace("]", r"\]")):
-        build_transfer(specs, {"w": moves, "v": moves[:1]}, ["w", "v"], bucket_bytes=256)
+        build_transfer(Holders.replicated(specs, 1), {"w": moves, "v": moves[:1]}, ["w", "v"], bucket_bytes=256)
 
 
 def test_every_parameter_needs_one_worker_only() -> None:
     specs = manifest(("a", (2,), F32), ("none", (0,), F32), ("z", (3,), BF16))
     first, second = whole_moves(specs)
-    plan = build_transfer(specs, {"w": [second], "v": [first]}, ["v", "w"], bucket_bytes=256)
-    assert [[message.target for message in plan.lane_of(worker).messages] for worker in (0, 1)] == [["a"], ["z"]]
-    assert plan.gather_order == (2, 0)
+    plan = build_transfer(Holders.replicated(specs, 1), {"w": [second], "v": [first]}, ["v", "w"], bucket_bytes=256)
+    assert [[message.target for message in plan.lanes_of(worker)[0].messages] for worker in (0, 1)] == [["a"], ["z"]]
+    assert plan.order == (2, 0)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -124,7 +125,7 @@ def test_both_sides_make_equal_plans_and_digests(seed: int) -> None:
     specs = WeightSource(random_weights(rng)).manifest
     moves, bucket_bytes = random_sink(rng, specs).moves(), rng.choice([256, 1024, 65537])
     plans = [
-        build_transfer(side, {"w": tuple(moves)}, ["w"], bucket_bytes=bucket_bytes)
+        build_transfer(Holders.replicated(side, 1), {"w": tuple(moves)}, ["w"], bucket_bytes=bucket_bytes)
         for side in (specs, Manifest.from_bytes(specs.to_bytes()))
     ]
     assert plans[0] == plans[1]
@@ -159,7 +160,7 @@ def test_digest_changes_with_who_sends_to_whom() -> None:
         plan_of(workers=("p", "p")),
     ]
     assert len({plan.digest for plan in plans}) == len(plans)
-    other = replace(plans[0], gather_order=plans[0].gather_order[::-1])
+    other = replace(plans[0], order=plans[0].order[::-1])
     assert other.digest != plans[0].digest
 
 

@@ -13,7 +13,7 @@ from ranks import CPU, LONG_S, Ranks, Tapped, WatchedSource, Weights, all_result
 from sides import Sides, cast, check_same_bytes, every_kind, full_tensors, large_source, memory_of, widened
 from torch import distributed as dist
 
-from rollcast.comm import Deadline, WeightBroadcaster, WeightReceiver, WeightSource, build_transfer
+from rollcast.comm import Deadline, Holders, WeightBroadcaster, WeightReceiver, WeightSource, build_transfer
 from rollcast.comm.device.storage import aligned
 from rollcast.comm.plan.buckets import LARGE_BYTES
 
@@ -66,7 +66,7 @@ def test_a_trainer_without_peers_gathers_every_weight(rank: int) -> None:
         send(WeightBroadcaster(source, plan, rank=rank, device=CPU), groups)
     assert (
         source.gathered
-        == list(plan.gather_order)
+        == list(plan.order)
         == [index for index, name in enumerate(every_kind(seed=0)) if name != "empty"]
     )
 
@@ -106,12 +106,12 @@ def test_a_bucket_leaves_as_soon_as_it_is_full() -> None:
     moves = whole_moves(source.manifest)
     both, first, second = replace(moves[0], stage=0), moves[1:21], moves[21:]
     landings = {"a": (both, *first), "b": (both, *second)}
-    plan = build_transfer(source.manifest, landings, ["a", "b"], bucket_bytes=BUCKET_BYTES)
+    plan = build_transfer(Holders.replicated(source.manifest, 1), landings, ["a", "b"], bucket_bytes=BUCKET_BYTES)
     meeting = threading.Barrier(2, timeout=5.0)
     memories = [memory_of(source.manifest, moves) for moves in landings.values()]
     for memory in memories:
         memory.finish = lambda stage, finish=memory.finish: (meeting.wait(), finish(stage))[1]
-    receivers = {w: receiver_of(plan.lanes[w], memory) for w, memory in enumerate(memories)}
+    receivers = {w: receiver_of(plan.lanes_of(w), memory) for w, memory in enumerate(memories)}
     with Ranks([0], [1]) as ranks:
         ranks.sync([WeightBroadcaster(source, plan, device=CPU)], receivers)
 
@@ -133,7 +133,7 @@ def test_large_contiguous_pieces_are_sent_and_received_without_a_copy(bucket_byt
     assert out.extents == extents(weights, bucket_bytes)
     assert into.extents == extents(memory.tensors, bucket_bytes)
     assert not sides.broadcaster._lanes[0].ring._buffers
-    assert not sides.receivers[0]._ring._buffers
+    assert not sides.receivers[0].lanes[0].ring._buffers
 
 
 def extents(weights: Weights, bucket_bytes: int) -> list[tuple[int, int]]:
@@ -152,7 +152,7 @@ def test_masters_of_another_dtype_are_packed_and_received_in_place() -> None:
         sides.sync(ranks)
     check_same_bytes(sides.memories[0].tensors, cast(weights, torch.bfloat16))
     assert len(sides.broadcaster._lanes[0].ring._buffers) == 2
-    assert not sides.receivers[0]._ring._buffers
+    assert not sides.receivers[0].lanes[0].ring._buffers
 
 
 def test_receivers_allocate_buffers_only_for_messages_that_are_not_received_in_place() -> None:
@@ -162,17 +162,17 @@ def test_receivers_allocate_buffers_only_for_messages_that_are_not_received_in_p
     sides = Sides(source, moves=(first, widened(source.manifest)[1], *others[1:]), bucket_bytes=1 << 20)
     with Ranks([0]) as ranks:
         sides.sync(ranks)
-    assert [buffer.nbytes for buffer in sides.receivers[0]._ring._buffers] == [aligned(400)] * 2
+    assert [buffer.nbytes for buffer in sides.receivers[0].lanes[0].ring._buffers] == [aligned(400)] * 2
     check_same_bytes(sides.memories[0].tensors, weights | {"b": weights["b"].double()})
 
 
-def test_large_strided_weights_are_copied_once_and_live_until_they_are_sent() -> None:
+def test_large_strided_weights_are_copied_once_into_the_buffers() -> None:
     weights = {f"p{index}": torch.randn(700, 800).t() for index in range(6)}
     sides = Sides(WeightSource(weights), bucket_bytes=1 << 22)
     with Ranks([0]) as ranks:
         sides.sync(ranks)
     check_same_bytes(sides.memories[0].tensors, weights)
-    assert not sides.broadcaster._lanes[0].ring._buffers
+    assert len(sides.broadcaster._lanes[0].ring._buffers) == 2
     send(sides.broadcaster, {0: GroupOfOne()})
 
 
@@ -215,7 +215,7 @@ class UnfinishedWork:
 class SlowSource(WeightSource):
     """A source that takes 10 ms to gather a parameter."""
 
-    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
         for item in super().gather(order):
             time.sleep(0.01)
             yield item
@@ -226,6 +226,6 @@ def doubles(weights: Weights) -> Weights:
 
 
 def buffer_addresses(broadcaster: WeightBroadcaster, *receivers: WeightReceiver) -> Iterator[int]:
-    for ring in (broadcaster._lanes[0].ring, *(receiver._ring for receiver in receivers)):
+    for ring in (broadcaster._lanes[0].ring, *(receiver.lanes[0].ring for receiver in receivers)):
         assert len(ring._buffers) == 2
         yield from (buffer.data_ptr() for buffer in ring._buffers)

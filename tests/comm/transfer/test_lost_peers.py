@@ -93,7 +93,7 @@ def test_after_a_failure_all_weights_were_gathered_and_a_new_group_works() -> No
             send(sides.broadcaster, broken.senders)
         with pytest.raises(RuntimeError, match="closed"):
             receive(sides.receivers[0], broken.workers[0])
-    assert source.gathered == list(sides.plan.gather_order)
+    assert source.gathered == list(sides.plan.order)
     assert sides.memories[0].events == ["begin", "abort"]
     with Ranks([0]) as repaired:
         sides.sync(repaired)

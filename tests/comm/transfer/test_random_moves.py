@@ -1,77 +1,81 @@
 """Random moves over real gloo groups leave in every worker what torch's own copies leave, and nothing else."""
 
 import random
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
 import torch
 from moves import Key, Sink, random_sink, random_values, random_weights
 from ranks import CPU, Memory, Ranks, Tapped, WatchedSource, all_results, receive, receiver_of, same_bytes, send
+from shards import random_shards
 
-from rollcast.comm import Manifest, TransferPlan, WeightBroadcaster, build_transfer
+from rollcast.comm import Holders, TransferPlan, WeightBroadcaster, build_transfer
 
 BUCKET_BYTES = (256, 300, 1024, 4096, 65537, 1 << 22)
 SEEDS = 40
 # Workers 0 and 2 keep the same.
-WORKERS, LANES = ("a", "b", "a"), ((0, 2), (1,))
+WORKERS = ("a", "b", "a")
+TRAINERS = {"one trainer": 1, "replicas": 2, "shards": 3}
 ALL = set(product((False, True), repeat=3))
 KINDS = ALL - {(False, False, True), (False, True, True), (True, False, True)}
 
 
 class Job:
-    """A random trainer and three workers."""
+    """Random trainers and three workers."""
 
-    def __init__(self, seed: int, *, senders: int) -> None:
+    def __init__(self, seed: int, *, trainers: str) -> None:
         self.rng = rng = random.Random(seed)
         self.weights = random_weights(rng)
         dtype = rng.choice([None, torch.bfloat16, torch.float32])
-        self.sources = [WatchedSource(self.weights, dtype=dtype) for _ in range(senders)]
-        manifest = self.sources[0].manifest
+        self.shards = random_shards(rng, self.weights, TRAINERS[trainers]) if trainers == "shards" else None
+        held = [self.weights] * TRAINERS[trainers] if self.shards is None else self.shards.held
+        self.sources = [WatchedSource(of_rank, dtype=dtype) for of_rank in held if of_rank]
+        self.holders = Holders.of([source.statement for source in self.sources])
+        manifest = self.holders.manifest
         params = range(len(manifest.specs))
         some = rng.sample(params, rng.randint(1, len(params)))
         # The first keeps whatever the second does not.
         keeps = {"a": [p for p in params if p not in some or rng.random() < 0.5], "b": some}
         self.sinks = {name: random_sink(rng, manifest, params) for name, params in keeps.items()}
-        self.plan = self._plan(manifest)
+        self.plan = self._plan()
         self.broadcasters = [
             WeightBroadcaster(source, self.plan, rank=r, device=CPU) for r, source in enumerate(self.sources)
         ]
         self.memories = {worker: self.sinks[name].memory() for worker, name in enumerate(WORKERS)}
-        self.receivers = {w: receiver_of(self.plan.lane_of(w), memory) for w, memory in self.memories.items()}
+        self.receivers = {w: receiver_of(self.plan.lanes_of(w), memory) for w, memory in self.memories.items()}
 
-    def _plan(self, manifest: Manifest) -> TransferPlan:
+    def _plan(self) -> TransferPlan:
         landings = {name: sink.moves() for name, sink in self.sinks.items()}
         bucket_bytes = self.rng.choice(BUCKET_BYTES)
-        return build_transfer(manifest, landings, WORKERS, senders=len(self.sources), bucket_bytes=bucket_bytes)
+        return build_transfer(self.holders, landings, WORKERS, bucket_bytes=bucket_bytes)
+
+    def ranks(self) -> Ranks:
+        return Ranks(*[lane.workers for lane in self.plan.lanes])
 
     def change(self) -> None:
         """Give the trainer's weights new values."""
         for tensor in self.weights.values():
             tensor.copy_(random_values(self.rng, tensor.shape, tensor.dtype))
+        if self.shards is not None:
+            self.shards.refresh()
 
     def expected(self, worker: int) -> dict[Key, torch.Tensor]:
-        return self.sinks[WORKERS[worker]].expected(list(self.weights.values()))
+        return self.sinks[WORKERS[worker]].expected([self.weights[spec.name] for spec in self.holders.manifest.specs])
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(*LANES) as ranks:
-        yield ranks
-
-
-@pytest.mark.parametrize("senders", [1, 2], ids=["one sender", "two senders"])
+@pytest.mark.parametrize("trainers", TRAINERS)
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_memory_is_what_direct_copies_leave(ranks: Ranks, seed: int, senders: int) -> None:
-    job = Job(seed, senders=senders)
-    assert [lane.workers for lane in job.plan.lanes] == list(LANES)
-    for checksums in (False, True):
-        job.change()
-        ranks.sync(job.broadcasters, job.receivers, checksums=checksums)
-        for worker, memory in job.memories.items():
-            check_tensors(memory, job.expected(worker))
-            check_order(memory, job.sinks[WORKERS[worker]])
-    ranks.verify(job.broadcasters, job.receivers)
+def test_memory_is_what_direct_copies_leave(seed: int, trainers: str) -> None:
+    job = Job(seed, trainers=trainers)
+    assert {lane.workers for lane in job.plan.lanes} == {(0, 2), (1,)}
+    with job.ranks() as ranks:
+        for checksums in (False, True):
+            job.change()
+            ranks.sync(job.broadcasters, job.receivers, checksums=checksums)
+            for worker, memory in job.memories.items():
+                check_tensors(memory, job.expected(worker))
+                check_order(memory, job.sinks[WORKERS[worker]])
+        ranks.verify(job.broadcasters, job.receivers)
     assert all(memory.events[0] == "begin" and memory.events[-1] == "commit" for memory in job.memories.values())
 
 
@@ -91,7 +95,7 @@ def check_order(memory: Memory, sink: Sink) -> None:
 
 def test_random_jobs_hold_every_kind() -> None:
     """Check that the test above covers every combination."""
-    jobs = [Job(seed, senders=1) for seed in range(SEEDS)]
+    jobs = [Job(seed, trainers="one trainer") for seed in range(SEEDS)]
     messages = [message for job in jobs for lane in job.plan.lanes for message in lane.messages]
     moves = [move for job in jobs for sink in job.sinks.values() for move in sink.moves()]
     assert {(m.stage is None, m.region.is_contiguous, m.in_place) for m in messages} == KINDS
@@ -103,19 +107,29 @@ def test_random_jobs_hold_every_kind() -> None:
     assert any(len(lane.buckets) > 20 for job in jobs for lane in job.plan.lanes)
 
 
-@pytest.mark.parametrize("senders", [1, 2])
-def test_every_worker_gets_exactly_its_bytes(ranks: Ranks, senders: int) -> None:
-    job = Job(3, senders=senders)
-    sent = [ranks.start(send, broadcaster, ranks.senders) for broadcaster in job.broadcasters]
-    taps = {worker: Tapped(ranks.workers[worker]) for worker in job.receivers}
-    received = [ranks.start(receive, receiver, taps[w]) for w, receiver in job.receivers.items()]
-    all_results(*received, *sent)
+@pytest.mark.parametrize("trainers", TRAINERS)
+def test_every_worker_gets_exactly_its_bytes(trainers: str) -> None:
+    job = Job(3, trainers=trainers)
+    with job.ranks() as ranks:
+        sent = [ranks.start(send, broadcaster, ranks.senders) for broadcaster in job.broadcasters]
+        taps = {
+            worker: {lane: Tapped(group) for lane, group in ranks.lanes_of[worker].items()} for worker in job.receivers
+        }
+        received = [ranks.start(receive, receiver, taps[w]) for w, receiver in job.receivers.items()]
+        all_results(*received, *sent)
     for worker, name in enumerate(WORKERS):
-        assert taps[worker].nbytes == job.plan.lane_of(worker).nbytes == job.sinks[name].wire_bytes
-        assert taps[worker].broadcasts == len(job.plan.lane_of(worker).buckets)
+        for lane in job.plan.lanes_of(worker):
+            tap = taps[worker][lane.index]
+            assert (tap.nbytes, tap.broadcasts) == (lane.nbytes, len(lane.buckets))
+        assert sum(tap.nbytes for tap in taps[worker].values()) == job.sinks[name].wire_bytes
 
 
-def test_every_sending_rank_gathers_every_weight(ranks: Ranks) -> None:
-    job = Job(5, senders=2)
-    ranks.sync(job.broadcasters, job.receivers)
-    assert [source.gathered for source in job.sources] == [list(job.plan.gather_order)] * 2
+def test_ranks_read_only_what_they_hold() -> None:
+    job = Job(5, trainers="shards")
+    with job.ranks() as ranks:
+        ranks.sync(job.broadcasters, job.receivers)
+    for source in job.sources:
+        own = {spec.name for spec in source.manifest.specs}
+        gathered = [source.manifest.specs[param].name for param in source.gathered]
+        names = [job.holders.manifest.specs[param].name for param in job.plan.order]
+        assert gathered == [name for name in names if name in own]

@@ -29,7 +29,7 @@ def test_the_first_buckets_are_received_while_live_parameters_are_read(
             before = {name: tensor.clone() for name, tensor in memory.tensors.items()}
             sent = ranks.start(send, sides.broadcaster, ranks.senders, checksums=checksums)
             if turn != 1:
-                receiver.start_prefetch(ranks.workers[0], deadline=Deadline(LONG_S))
+                receiver.start_prefetch(ranks.lanes_of[0], deadline=Deadline(LONG_S))
                 assert receiver.prefetch_count == buckets
                 time.sleep(0.2)
                 check_same_bytes(memory.tensors, before)
@@ -55,7 +55,7 @@ def test_no_more_buckets_are_prefetched_than_the_sender_has_ready() -> None:
         for _ in range(2):
             weights["p0"].add_(1.0)
             sent = ranks.start(send, sides.broadcaster, ranks.senders)
-            receiver.start_prefetch(late, deadline=Deadline(LONG_S))
+            receiver.start_prefetch({0: late}, deadline=Deadline(LONG_S))
             assert receiver.prefetch_count == 3
             receive(receiver, late)
             sent.result(LONG_S)

@@ -94,7 +94,7 @@ def changed(sides: Sides) -> VerifyError:
     with Ranks([0]) as ranks:
         sent = ranks.start(send, sides.broadcaster, ranks.senders)
         with pytest.raises(VerifyError) as caught:
-            sides.receivers[0].verify(ranks.workers[0], deadline=Deadline(LONG_S), timer=PhaseTimer())
+            sides.receivers[0].verify(ranks.lanes_of[0], deadline=Deadline(LONG_S), timer=PhaseTimer())
         ranks.workers[0].close()
         sent.exception(LONG_S)
     return caught.value

@@ -197,7 +197,7 @@ def test_gather_yields_the_requested_parameters_in_order(order: tuple[int, ...])
     weights = {"a": torch.zeros(2), "b": torch.ones(3).half(), "c": torch.arange(4)}
     got = list(WeightSource(weights, dtype=torch.bfloat16).gather(order))
     assert [param for param, _ in got] == list(order)
-    for param, tensor in got:
+    for param, (tensor,) in got:
         assert tensor.data_ptr() == list(weights.values())[param].data_ptr()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rollcast.comm import Deadline, PhaseTimer
+from rollcast.comm import Deadline, LaneGroups, PhaseTimer
 from rollcast.rollout.errors import Failure
 from rollcast.rollout.protocol.messages import ReceiveResult
 from rollcast.rollout.protocol.worker_channel import WorkerChannel, WorkerError
@@ -67,10 +67,11 @@ class FakeGroup:
 class FakeReceiver:
     """Receives nothing: calls `meanwhile`, or fails."""
 
+    planned = ()
     prefetch_count = 0
 
     def __init__(self, digest: str, error: Exception | None = None) -> None:
-        self.lane = SimpleNamespace(digest=digest)
+        self.digest = digest
         self._error = error
 
     def receive(
@@ -121,21 +122,23 @@ def failing_call(sync: Any, method: str, **arguments: Any) -> Failure:
 def joined(receiver: FakeReceiver, landing: FakeLanding) -> Any:
     """A worker in a group, whose live tensors were seen in their places."""
     sync = new_sync()
-    sync.group, sync.receiver, sync.landing, sync._other_calls_seen = FakeGroup(), receiver, landing, 0
+    group: Any = FakeGroup()
+    sync.groups, sync.receiver, sync.landing = LaneGroups({0: group}), receiver, landing
+    sync._other_calls_seen = 0
     return sync
 
 
 def test_a_worker_without_a_group_refuses_to_receive() -> None:
     failure = failing_call(new_sync(), "receive", **RECEIVE)
-    assert (failure.worker, failure.phase) == (0, "receive") and "has not joined its lane's group" in failure.text
+    assert (failure.worker, failure.phase) == (0, "receive") and "has not joined its lanes' groups" in failure.text
 
 
 def test_a_receive_returns_its_times_and_the_tokens_of_the_old_weights() -> None:
     sync = joined(FakeReceiver("other"), FakeLanding())
-    group = sync.group
+    groups, group = sync.groups, sync.groups[0]
     result = msgspec.convert(call(sync, "receive", **RECEIVE), ReceiveResult)
     assert result.tokens == {} and {"gate", "wire", "total"} <= result.phases_s.keys()
-    assert sync.group is group and group.closed == 0 and group.low_priority is False
+    assert sync.groups is groups and group.closed == 0 and group.low_priority is False
 
 
 @pytest.mark.parametrize(
@@ -149,10 +152,10 @@ def test_a_receive_returns_its_times_and_the_tokens_of_the_old_weights() -> None
 )
 def test_a_receive_that_fails_leaves_the_group(receiver: FakeReceiver, landing: FakeLanding, text: str) -> None:
     sync = joined(receiver, landing)
-    group = sync.group
+    group = sync.groups[0]
     failure = failing_call(sync, "receive", **RECEIVE)
     assert text in failure.text and (failure.worker, failure.phase) == (0, "receive")
-    assert sync.group is None and group.closed == 1
+    assert sync.groups is None and group.closed == 1
 
 
 def test_nothing_is_applied_before_it_was_received_into_spare_memory() -> None:
@@ -165,6 +168,7 @@ def test_release_and_leave_can_be_called_at_any_time() -> None:
     for _ in range(2):
         sync.release()
         sync.leave()
-    sync.group = group = FakeGroup()
+    group: Any = FakeGroup()
+    sync.groups = LaneGroups({0: group})
     sync.leave()
-    assert sync.group is None and group.closed == 1
+    assert sync.groups is None and group.closed == 1

@@ -64,7 +64,7 @@ def _compare_rank(models: LoadedModels, folder: Path, source: WeightSource, rank
         landing = AdapterLanding(plan, model)
         landing.slot = 2
         landing.begin()
-        tensors = dict(source.gather(range(len(source.manifest.specs))))
+        tensors = {param: tensor for param, (tensor,) in source.gather(range(len(source.manifest.specs)))}
         for move in plan.moves:
             move.region.view(landing.live(move.target)).copy_(move.source.view(tensors[move.param].contiguous()))
         untouched = all(torch.equal(stack, before[name]) for name, stack in stacks(model).items())

@@ -39,7 +39,9 @@ def test_a_flipped_bit_on_one_lane_names_the_message_and_sets_no_version(two_tra
     two_trainers.on_trainers(Trainer.perturb)
     version = two_trainers.trainer.version
     outcome = sync(two_trainers, f"flip {worker}", verify="checksum")
-    assert re.search(rf"message \d+ of lane {worker} \(\S+\[\d+:\d+\]\): checksum mismatch", outcome.problem)
+    assert re.search(
+        rf"worker {worker}: message \d+ of lane \d+ \(\S+\[\d+:\d+\]\): checksum mismatch", outcome.problem
+    )
     assert outcome.state == EngineState(version=version, refuses=True)
 
 

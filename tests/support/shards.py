@@ -1,0 +1,76 @@
+"""Weights cut at random into what several trainer ranks hold of them."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+
+from rollcast.comm import Box, Holding
+
+Rank = dict[str, list[Holding]]
+
+
+@dataclass
+class Shards:
+    """What each rank holds, and how copies follow the full weights."""
+
+    held: list[Rank]
+    copies: list[Callable[[], object]] = field(default_factory=list)
+
+    def refresh(self) -> None:
+        """Give the ranks' own copies the values of the full weights."""
+        for copy in self.copies:
+            copy()
+
+
+def random_shards(rng: random.Random, weights: dict[str, torch.Tensor], ranks: int) -> Shards:
+    """Cut every weight into boxes, and give each box to one rank or to two."""
+    shards = Shards([{} for _ in range(ranks)])
+    for name, tensor in weights.items():
+        view = rng.choice([list(tensor.shape), [tensor.numel()], _split_in_two(rng, list(tensor.shape))])
+        for box in _random_boxes(rng, Box.whole(view)):
+            for rank in rng.sample(range(ranks), rng.choice([1, 1, 2])):
+                holding = _holding(rng, shards, tensor, view, box)
+                shards.held[rank].setdefault(name, []).append(holding)
+    return shards
+
+
+def _holding(rng: random.Random, shards: Shards, full: torch.Tensor, view: list[int], box: Box) -> Holding:
+    indices = tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))
+    if rng.random() < 0.5 and full.is_contiguous():
+        return Holding(full.view(view)[indices], full.shape, box.start, view)
+    # A copy of its own, in a larger tensor or with other strides.
+    wide = torch.empty([size + rng.choice([0, 1]) for size in box.extent], dtype=full.dtype)
+    own = wide[tuple(slice(size) for size in box.extent)]
+
+    def copy() -> None:
+        own.copy_(full.reshape(view)[indices])
+
+    copy()
+    shards.copies.append(copy)
+    return Holding(own, full.shape, box.start, view)
+
+
+def _random_boxes(rng: random.Random, whole: Box) -> list[Box]:
+    boxes = [whole]
+    for _ in range(rng.randint(0, 3)):
+        box = boxes.pop(rng.randrange(len(boxes)))
+        dims = [dim for dim, size in enumerate(box.extent) if size > 1]
+        if not dims:
+            boxes.append(box)
+            continue
+        dim = rng.choice(dims)
+        at = rng.randint(box.start[dim] + 1, box.stop[dim] - 1)
+        boxes.append(Box(box.shape, box.start, (*box.stop[:dim], at, *box.stop[dim + 1 :])))
+        boxes.append(Box(box.shape, (*box.start[:dim], at, *box.start[dim + 1 :]), box.stop))
+    return boxes
+
+
+def _split_in_two(rng: random.Random, shape: list[int]) -> list[int]:
+    if not shape or not prod(shape):
+        return shape
+    dim = rng.randrange(len(shape))
+    factor = rng.choice([n for n in range(1, shape[dim] + 1) if shape[dim] % n == 0])
+    return [*shape[:dim], factor, shape[dim] // factor, *shape[dim + 1 :]]
