@@ -36,7 +36,10 @@ class StorageSnapshot:
         readers = (torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous, _dtype)
         # vLLM's parameters would answer each of these through Python, twenty times as slowly.
         with torch._C.DisableTorchFunctionSubclass():
-            return [list(map(reader, self._tensors)) for reader in readers]
+            taken: list[list[Any]] = [list(map(reader, self._tensors)) for reader in readers]
+            contiguous = taken[2]
+            taken.append([t.stride() for t, plain in zip(self._tensors, contiguous, strict=True) if not plain])
+            return taken
 
 
 class ModuleSnapshot:

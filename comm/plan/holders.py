@@ -79,7 +79,7 @@ class Holders:
         parts: dict[str, list[Part]] = {}
         for rank, statement in enumerate(statements):
             for held in statement:
-                _check_shape(held)
+                _check_shape(held, rank)
                 first, spec = specs.setdefault(held.spec.name, (rank, held.spec))
                 if held.spec != spec:
                     raise ValueError(
@@ -89,6 +89,8 @@ class Holders:
                 # What is whole is whole with any shape.
                 boxes = [Box.whole(spec.shape) if box.numel == spec.numel else box for box in held.boxes if box.numel]
                 parts.setdefault(spec.name, []).extend((rank, box) for box in boxes)
+        if not specs:
+            raise ValueError("no trainer rank has any parameter to send")
         holders = cls(Manifest(tuple(spec for _, spec in specs.values())), tuple(map(tuple, parts.values())))
         for spec, of_param in zip(holders.manifest.specs, holders.parts, strict=True):
             _check_complete(spec, of_param)
@@ -137,6 +139,8 @@ def _disjoint(parts: Sequence[Part]) -> list[tuple[Box, list[int]]]:
         ranks = holders.setdefault(box, [])
         if rank not in ranks:
             ranks.append(rank)
+    if _side_by_side(list(holders)):
+        return list(holders.items())
     disjoint: list[tuple[Box, list[int]]] = []
     for box, ranks in holders.items():
         rest = [box]
@@ -144,6 +148,20 @@ def _disjoint(parts: Sequence[Part]) -> list[tuple[Box, list[int]]]:
             rest = [piece for part in rest for piece in part.minus(earlier)]
         disjoint += [(piece, ranks) for piece in rest]
     return disjoint
+
+
+def _side_by_side(boxes: Sequence[Box]) -> bool:
+    """Return whether boxes differ in one dimension only, and do not overlap there: each needs no look at all others."""
+    dims = {
+        dim
+        for dim in range(len(boxes[0].shape) if boxes else 0)
+        if len({(box.start[dim], box.stop[dim]) for box in boxes}) > 1
+    }
+    if len(dims) != 1 or len({box.shape for box in boxes}) > 1:
+        return len(boxes) < 2
+    (dim,) = dims
+    ranges = sorted((box.start[dim], box.stop[dim]) for box in boxes)
+    return all(stop <= start for (_, stop), (start, _) in pairwise(ranges))
 
 
 def _shared_out(box: Box, ranks: Sequence[int], load: Mapping[int, int], *, itemsize: int) -> list[Part]:
@@ -164,21 +182,26 @@ def _split(box: Box, dim: int, count: int) -> list[Box]:
     ]
 
 
-def _check_shape(held: HeldParam) -> None:
+def _check_shape(held: HeldParam, rank: int) -> None:
     for box in held.boxes:
         if prod(box.shape) != held.spec.numel:
-            raise ValueError(f"{box} cannot be a part of parameter {held.spec}: it has {held.spec.numel} elements")
+            raise ValueError(
+                f"{box} on trainer rank {rank} cannot be a part of parameter {held.spec}: that has {held.spec.numel} "
+                "elements"
+            )
 
 
 def _check_complete(spec: ParamSpec, parts: Sequence[Part]) -> None:
-    shapes = {box.shape for _, box in parts}
+    shapes = {box.shape: rank for rank, box in reversed(parts)}
     if len(shapes) > 1:
+        each = [f"{list(shape)} (rank {rank})" for shape, rank in sorted(shapes.items())]
         raise ValueError(
-            f"trainer ranks state what they hold of parameter {spec} with different shapes: "
-            f"{' and '.join(str(list(shape)) for shape in sorted(shapes))}"
+            f"trainer ranks state what they hold of parameter {spec} with different shapes: {' and '.join(each)}"
         )
+    disjoint = _disjoint(parts)
+    if sum(box.numel for box, _ in disjoint) == spec.numel:
+        return
     missing = [Box.whole(next(iter(shapes), spec.shape))]
-    for box, _ in _disjoint(parts):
+    for box, _ in disjoint:
         missing = [piece for part in missing for piece in part.minus(box)]
-    if missing and spec.numel:
-        raise ValueError(f"no trainer rank holds {missing[0]} of parameter {spec}")
+    raise ValueError(f"no trainer rank holds {missing[0]} of parameter {spec}")

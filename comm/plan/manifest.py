@@ -41,8 +41,6 @@ class Manifest:
             if spec.name in seen:
                 raise ValueError(f"parameter {spec.name} is listed twice")
             seen.add(spec.name)
-        if not self.specs:
-            raise ValueError("a manifest needs at least one parameter, got none")
 
     @cached_property
     def nbytes(self) -> int:

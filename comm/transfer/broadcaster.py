@@ -46,11 +46,14 @@ class WeightBroadcaster:
 
         `groups` has the groups of this rank's lanes, of which it is rank 0. The caller has called
         `source.peek_manifest()` for this sync, which notices weights that were replaced. Raises `ValueError` for
-        weights that no longer match the plan,
-        and a transport's `RuntimeError` or `TimeoutError` only after a source that gathers was gathered whole: the
-        other trainer ranks gather with this one and would wait for it for ever.
+        weights that no longer match the plan, and a transport's `RuntimeError` or `TimeoutError`; whatever it raises,
+        only after a source that gathers was gathered whole, for the other trainer ranks gather with this one.
         """
-        self._prepare_lanes()
+        try:
+            self._prepare_lanes()
+        except Exception:
+            _exhaust(self.source.gather([*self._own.values()]))
+            raise
         buckets = self._outgoing(timer)
         try:
             for lane in self._lanes.values():
@@ -98,28 +101,33 @@ class WeightBroadcaster:
         yield from islice(self._gathered(timer), sent, None)
 
     def _check_formats(self) -> None:
-        """Raise `ValueError` naming the first weight whose dtype or device is another than at the last sync."""
+        """Raise `ValueError` naming the first weight whose dtype, device or layout is another than at the last sync."""
         for spec, before, now in zip(self.source.manifest.specs, self._formats, self.source.formats(), strict=True):
             if now != before:
-                raise ValueError(f"{spec} changed its dtype or device since the last sync")
+                raise ValueError(f"{spec} changed its dtype, device or layout since the last sync")
 
     def _gathered(self, timer: PhaseTimer) -> Iterator[OutgoingBucket]:
         """Yield the same buckets from newly gathered weights; cache them if the weights' memory stays the same."""
         stable = self.source.stable_params()
         buckets: list[OutgoingBucket] = []
-        for param, tensors in _timed(self.source.gather([*self._own.values()]), timer):
-            for lane in self._lanes.values():
-                for bucket in lane.add(param, tensors):
-                    if stable is not None:
-                        bucket.snapshot = self.source.storage_snapshot(bucket.params)
-                        buckets.append(bucket)
-                    yield bucket
+        params = _timed(self.source.gather([*self._own.values()]), timer)
+        try:
+            for param, tensors in params:
+                for lane in self._lanes.values():
+                    for bucket in lane.add(param, tensors):
+                        if stable is not None:
+                            bucket.snapshot = self.source.storage_snapshot(bucket.params)
+                            buckets.append(bucket)
+                        yield bucket
+        except Exception:
+            _exhaust(params)
+            raise
         self._cached = (stable, buckets) if stable is not None else None
 
 
-def _exhaust(buckets: Iterator[OutgoingBucket]) -> None:
+def _exhaust(rest: Iterator[object]) -> None:
     """Gather the rest, which the other ranks gather too."""
-    for _ in buckets:
+    for _ in rest:
         pass
 
 

@@ -47,10 +47,12 @@ def fsdp1_state(module: nn.Module) -> dict[str, Holding | torch.Tensor] | None:
         if part._handle is not None
         for name, holding in _flat_holdings(part._handle)
     }
-    by_plain_name = {_plain(name): name for name in held}
+    flats: list[Any] = [part._handle.flat_param for part in wrapped if part._handle is not None]
+    # Tied parameters of one unit are flattened once, under the first name.
+    flattened = {id(each) for flat in flats for each in (flat, *(flat._params or ()), *(flat._shared_params or ()))}
     state: dict[str, Holding | torch.Tensor] = {}
     for name, tensor in _own_tensors(module, names):
-        if _plain(name) not in by_plain_name and not hasattr(tensor, "_fqns"):
+        if id(tensor) not in flattened:
             state[name] = tensor
     return state | held
 
@@ -71,7 +73,3 @@ def _own_tensors(module: nn.Module, names: dict[int, str]) -> Iterator[tuple[str
         for name, tensor in (*part._parameters.items(), *part._buffers.items()):
             if tensor is not None and name not in part._non_persistent_buffers_set:
                 yield f"{names[id(part)]}{name}", tensor
-
-
-def _plain(name: str) -> str:
-    return name.replace("_fsdp_wrapped_module.", "")

@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, _StridedShard
 
+from rollcast.comm.device.storage import storage_id
 from rollcast.comm.plan.box import Box
 
 
@@ -19,8 +20,11 @@ class Holding:
 
         {"q_proj.weight": Holding(local, shape=(4096, 4096), start=(1024, 0))}      # rows 1024 to 2047
 
-    A state dict may have a `Holding`, or a sequence of them, in the place of a tensor; each rank lists what it has. All
+    A state dict may have a `Holding`, or a tuple of them, in the place of a tensor; each rank lists what it has. All
     ranks together must hold every element. Ranks that hold the same share out the work of sending it.
+
+    A view of a parameter is refused once the parameter has other memory (`.data =`): make the holding anew. Views of
+    what `.detach()` or `.data` returned are not followed.
     """
 
     tensor: torch.Tensor
@@ -46,7 +50,7 @@ class Holding:
         return Box(view, tuple(self.start), tuple(stop))
 
 
-Held = torch.Tensor | Holding | Sequence[Holding]
+Held = torch.Tensor | Holding | tuple[Holding, ...]
 """A parameter as a state dict lists it."""
 Weights = torch.nn.Module | Mapping[str, Held]
 
@@ -73,13 +77,18 @@ def local_param(name: str, held: Any) -> LocalParam:
         return LocalParam(shape, (Box.whole(shape),), (held.detach(),), held)
     if isinstance(held, Holding):
         return _stated(name, [held], held)
-    if isinstance(held, Sequence) and held and all(isinstance(each, Holding) for each in held):
+    if isinstance(held, tuple) and held and all(isinstance(each, Holding) for each in held):
         return _stated(name, held, held)
     raise ValueError(f"{name} is not a tensor but {type(held).__name__}")
 
 
 def _stated(name: str, holdings: Sequence[Holding], held: Any) -> LocalParam:
     shapes = {tuple(holding.shape) for holding in holdings}
+    for tensor in (holding.tensor for holding in holdings):
+        if isinstance(tensor, DTensor):
+            raise ValueError(f"{name}: a holding needs this rank's own tensor: pass to_local() of the DTensor")
+        if tensor._base is not None and storage_id(tensor._base) != storage_id(tensor):
+            raise ValueError(f"{name}: its holding is a view of memory that was replaced: make it anew")
     if len(shapes) > 1:
         raise ValueError(f"{name}: its holdings state different shapes: {sorted(map(list, shapes))}")
     try:
@@ -92,10 +101,10 @@ def _stated(name: str, holdings: Sequence[Holding], held: Any) -> LocalParam:
 def tensors_of(held: Any) -> list[torch.Tensor]:
     """Return this rank's tensors of what a state dict lists."""
     if isinstance(held, Holding):
-        return [held.tensor]
+        return [held.tensor] if held.tensor._base is None else [held.tensor, held.tensor._base]
     if isinstance(held, torch.Tensor):
         return [local_tensor(held)]
-    return [holding.tensor for holding in held]
+    return [tensor for holding in held for tensor in tensors_of(holding)]
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -129,9 +138,10 @@ def box_of_shard(name: str, tensor: DTensor) -> Box:
         start[dim] = min(start[dim] + coordinate[index] * chunk, end)
         stop[dim] = min(start[dim] + chunk, end)
     box = Box(tuple(tensor.shape), tuple(start), tuple(stop))
-    if box.extent != tuple(local_tensor(tensor).shape) and box.numel != local_tensor(tensor).numel():
+    own = local_tensor(tensor)
+    if box.extent != tuple(own.shape) and (box.numel or own.numel()):
         raise ValueError(
-            f"{name} cannot be sent: this rank has {list(local_tensor(tensor).shape)} of {list(tensor.shape)}, but its "
+            f"{name} cannot be sent: this rank has {list(own.shape)} of {list(tensor.shape)}, but its "
             f"placements {tensor.placements} give {box}"
         )
     return box

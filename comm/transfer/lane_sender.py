@@ -114,7 +114,10 @@ class LaneSender:
     def _local_parts(self, param: int, source: Region, formats: Formats) -> list[tuple[int, Region, Region]]:
         """Return (tensor, part of it, place on the wire) of a region of the full parameter, which this rank holds."""
         of_param = formats[self._own[param]]
-        tensor = next(index for index, each in enumerate(of_param) if each.box.has(source.offset))
+        last = source.offset + sum((size - 1) * step for size, step in zip(source.shape, source.stride, strict=True))
+        # Both ends: boxes of one rank may overlap.
+        inside = [index for index, each in enumerate(of_param) if each.box.has(source.offset) and each.box.has(last)]
+        tensor = inside[0]
         held = of_param[tensor]
         return [(tensor, *both) for both in localize(source, held.box, held.strides)]
 
@@ -177,6 +180,8 @@ class LaneSender:
             for work in self._works:
                 work.wait(self._deadline)
             self.ring.wait_all(deadline=self._deadline)
+            # Nothing of the trainer's memory is kept between syncs.
+            self._works.clear()
             if self._sums:
                 sums = torch.stack(self._sums).view(torch.uint8)
                 self._group.broadcast([sums], root=0, deadline=self._deadline).wait(self._deadline)

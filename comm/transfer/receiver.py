@@ -43,6 +43,8 @@ class WeightReceiver:
         self.lanes = {lane.index: LaneReceiver(lane, landing, device) for lane in lanes}
         ends = [(bucket.position, lane.index, n) for lane in lanes for n, bucket in enumerate(lane.buckets)]
         self._arrivals = [(self.lanes[index], number) for _, index, number in sorted(ends)]
+        self.first_lane = self._arrivals[0][0].index if self._arrivals else None
+        """The lane of the bucket that is waited for first. Senders keep the same order: it needs no other lane."""
         # How many lanes have messages of a stage: it is complete when as many have sent their last.
         self._lanes_of_stage = Counter(stage for lane in lanes for bucket in lane.buckets for stage in bucket.finishes)
         self._missing: Counter[int] = Counter()

@@ -146,7 +146,7 @@ class WeightSource:
 
     def release(self) -> None:
         """Drop all references to the tensors; the next `current_manifest` finds them again."""
-        self._module_snapshot, self._params, self._owners = None, [], []
+        self._module_snapshot, self._params, self._checked, self._owners = None, [], [], []
 
     def formats(self) -> list[list[LocalFormat]]:
         """Return how this rank's tensors of each parameter are in memory."""
@@ -184,7 +184,10 @@ class WeightSource:
 
 
 class GatheringSource(WeightSource):
-    """Weights that are computed, or gathered whole, on every trainer rank for each sync: each has all of them."""
+    """Weights that are computed, or gathered whole, on every trainer rank for each sync: each has all of them.
+
+    Raises `ValueError` for parameters that FSDP1 or ZeRO-3 has flattened.
+    """
 
     def gather(self, order: Sequence[int]) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
         """See `WeightSource.gather`. Collective: sharded tensors are gathered one at a time."""
@@ -206,6 +209,14 @@ class GatheringSource(WeightSource):
         return [
             [replace(formats[0], box=(box := Box.whole(spec.shape)), strides=box.strides)] for spec, formats in pairs
         ]
+
+    def current_manifest(self) -> Manifest:
+        """See `WeightSource.current_manifest`."""
+        manifest = super().current_manifest()
+        for spec, param in zip(manifest.specs, self._params, strict=True):
+            if not isinstance(param.held, DTensor) and param.boxes != (Box.whole(param.shape),):
+                raise ValueError(f"{spec.name}: a peft model that FSDP1 or ZeRO-3 has flattened cannot be gathered")
+        return manifest
 
     def _full_tensors(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (index, full tensor) in the given order. Collective."""
@@ -254,11 +265,8 @@ def _take_snapshot(
 ) -> tuple[ModuleSnapshot | None, list[list[torch.Tensor]]]:
     """Return a snapshot of the weights, and for each of `params` the objects in it that its tensors are aliases of.
 
-    Tied weights are several objects. None if any tensor is made by `state_dict()` itself, or its memory may change its
-    layout unseen.
+    Tied weights are several objects. None if any tensor is made by `state_dict()` itself.
     """
-    if any(not tensor.is_contiguous() for param in params for tensor in param.tensors):
-        return None, []
     if isinstance(weights, nn.Module):
         if has_other_hooks(weights):
             return None, []

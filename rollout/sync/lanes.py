@@ -222,13 +222,17 @@ class Lanes:
         join = partial(join_group, rank=0, deadline=deadline, device=self.device, label=f"trainer rank {self._rank}")
         # All ranks join their lanes in the order of the lanes: none waits for one that waits for it.
         own = [lane for lane in plan.lanes if lane.sender == self._rank]
+        groups: dict[int, Group] = {}
         try:
-            return {
-                lane.index: join(self._transport(lane), store, size=1 + len(lane.workers), name=f"lane-{lane.index}")
-                for lane in own
-            }
-        except dist.DistNetworkError:
-            raise RollcastError("trainer rank 0 gave up before all had joined the weight groups") from None
+            for lane in own:
+                size, name = 1 + len(lane.workers), f"lane-{lane.index}"
+                groups[lane.index] = join(self._transport(lane), store, size=size, name=name)
+        except BaseException as error:
+            _close_all(groups.values())
+            if isinstance(error, dist.DistNetworkError):
+                raise RollcastError("trainer rank 0 gave up before all had joined the weight groups") from None
+            raise
+        return groups
 
     def _request_join(self, plan: TransferPlan, address: str, deadline: Deadline) -> "dict[int, Future[Reply]]":
         size = self._config.tensor_parallel_size

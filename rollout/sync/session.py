@@ -6,7 +6,7 @@ The other two parts of the same story are `engine/sync.py` (engine process) and 
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from rollcast.comm import Deadline, PhaseTimer, SyncReport, WeightSource, digest_of
+from rollcast.comm import Deadline, Manifest, PhaseTimer, SyncReport, WeightSource, digest_of
 from rollcast.comm.agreement import Agreement, unanimous
 from rollcast.comm.report import WorkerReport
 from rollcast.rollout.config import RolloutConfig, SyncOptions
@@ -123,9 +123,9 @@ class SyncSession:
 
     def _agree_to_start(self) -> None:
         """Make sure that all ranks are about to send the same: a rank with another plan would hang the others."""
-        options, current = self._options, self._source.peek_manifest()
+        options = self._options
+        current, change = self._look_at_weights()
         kind = "self-test" if options.unchanged else f"{options.mode}, verify {options.verify}"
-        change = self._source.change(current)
         weights = f"weights {f'that changed: {change}' if change else 'as before'}{self._source.settings}"
         call = f"version {self._version} after {self._served_version}, {kind}, {weights}"
         deadline = Deadline(self._config.trainer_timeout_s)
@@ -141,6 +141,17 @@ class SyncSession:
         if self._version <= self._served_version and not options.unchanged:
             raise ValueError(f"version must grow: {self._version} after {self._served_version}")
         self._lanes.exchange_statements(self._topic, deadline=deadline)
+
+    def _look_at_weights(self) -> tuple[Manifest | None, str | None]:
+        """Return the manifest of the weights, and how they have changed. What is wrong with them is raised later.
+
+        The other ranks hear of it first: they would wait for this one.
+        """
+        try:
+            current = self._source.peek_manifest()
+        except ValueError as error:
+            return None, str(error)
+        return current, self._source.change(current)
 
     def _carry_out(self) -> list[WorkerReport]:
         """Transfer the weights, then commit and finalize, or abort and raise the same `SyncError` on every rank."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rollcast.comm import Deadline, Lane, LaneGroups, Manifest, PhaseTimer, WeightReceiver, join_group
+from rollcast.comm import Deadline, Group, Lane, LaneGroups, Manifest, PhaseTimer, WeightReceiver, join_group
 from rollcast.comm.deadline import poll_sleep
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.apply import LiveLanding
@@ -87,20 +87,20 @@ class WorkerSync:
         self.leave()
         assignments = request.assignments[self.rank]
         self._bind([self._lane(assignment, request.order) for assignment in assignments])
-        groups = LaneGroups({})
+        self.groups = groups = LaneGroups()
         # All ranks join their lanes in the order of the lanes: none waits for one that waits for it.
-        for assignment in assignments:
-            groups[assignment.lane] = join_group(
-                assignment.transport,
-                request.address,
-                rank=assignment.rank,
-                size=assignment.size,
-                deadline=deadline,
-                device=self.device,
-                name=f"lane-{assignment.lane}",
-                label=assignment.label,
-            )
-        self.groups = groups
+        with self._leave_on_failure():
+            for each in assignments:
+                groups[each.lane] = join_group(
+                    each.transport,
+                    request.address,
+                    rank=each.rank,
+                    size=each.size,
+                    deadline=deadline,
+                    device=self.device,
+                    name=f"lane-{each.lane}",
+                    label=each.label,
+                )
 
     def receive(
         self, *, version: int, digests: list[str], slot: int, verify: str, unchanged: bool, deadline: Deadline
@@ -225,9 +225,9 @@ class WorkerSync:
                 receiver.start_prefetch(groups, deadline=deadline)
 
         with gate.side_stream() as stream:
-            if groups and receiver and may_prefetch:
-                # The trainers may still gather or pack: the engine decodes on meanwhile.
-                _wait_until_ready(groups, gate, deadline)
+            if groups and receiver and may_prefetch and receiver.first_lane is not None:
+                # The trainers may still pack: the engine decodes on meanwhile.
+                _wait_until_ready(groups[receiver.first_lane], gate, deadline)
                 if gate.gpu_busy:
                     receiver.prepare_prefetch(spare_bytes)
             waited_s = timer.total_s()
@@ -291,9 +291,9 @@ class WorkerSync:
         self.shadow = None
 
 
-def _wait_until_ready(groups: LaneGroups, gate: StepGate, deadline: Deadline) -> None:
-    """Wait until the first broadcasts can start."""
+def _wait_until_ready(group: Group, gate: StepGate, deadline: Deadline) -> None:
+    """Wait until the first broadcast can start."""
     start = time.perf_counter()
-    while not groups.ready():
-        deadline.left("the trainers' first buckets")
+    while not group.ready():
+        deadline.left("the trainers' first bucket")
         poll_sleep(start, low_priority=gate.gpu_busy)

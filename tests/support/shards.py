@@ -9,7 +9,7 @@ import torch
 
 from rollcast.comm import Box, Holding
 
-Rank = dict[str, list[Holding]]
+Rank = dict[str, tuple[Holding, ...]]
 
 
 @dataclass
@@ -33,7 +33,7 @@ def random_shards(rng: random.Random, weights: dict[str, torch.Tensor], ranks: i
         for box in _random_boxes(rng, Box.whole(view)):
             for rank in rng.sample(range(ranks), rng.choice([1, 1, 2])):
                 holding = _holding(rng, shards, tensor, view, box)
-                shards.held[rank].setdefault(name, []).append(holding)
+                shards.held[rank][name] = (*shards.held[rank].get(name, ()), holding)
     return shards
 
 

@@ -99,10 +99,13 @@ def _inside(box: Box, other: Box) -> bool:
         ),
         (
             [[HeldParam(SPEC, (Box((24,), (0,), (12,)),))], [rows(3, 6)]],
-            "state what they hold of parameter w [6, 4] float32 with different shapes: [6, 4] and [24]",
+            "hold of parameter w [6, 4] float32 with different shapes: [6, 4] (rank 1) and [24] (rank 0)",
         ),
-        ([[HeldParam(SPEC, (Box((25,), (0,), (12,)),))]], "cannot be a part of parameter w [6, 4] float32"),
-        ([[], []], "at least one parameter"),
+        (
+            [[HeldParam(SPEC, (Box((25,), (0,), (12,)),))]],
+            "[0:12] of [25] on trainer rank 0 cannot be a part of parameter w [6, 4] float32",
+        ),
+        ([[], []], "no trainer rank has any parameter to send"),
     ],
 )
 def test_holes_and_contradictions_are_named(statements: list[list[HeldParam]], message: str) -> None:

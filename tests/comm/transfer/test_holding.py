@@ -19,6 +19,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rollcast.comm import Box, Holding, WeightSource
+from rollcast.comm.transfer.source import GatheringSource
 
 Full = dict[str, torch.Tensor]
 
@@ -212,17 +213,61 @@ def test_ranks_outside_a_mesh_hold_nothing() -> None:
         (Holding(torch.ones(3, 4), (6, 4), (4, 0)), "w: not a part of shape [6, 4]"),
         (Holding(torch.ones(3), (6, 4), (0,), (25,)), "w: view [25] has not as many elements as shape [6, 4]"),
         (
-            [Holding(torch.ones(1, 4), (6, 4), (0, 0)), Holding(torch.ones(1, 4), (7, 4), (0, 0))],
+            (Holding(torch.ones(1, 4), (6, 4), (0, 0)), Holding(torch.ones(1, 4), (7, 4), (0, 0))),
             "w: its holdings state different shapes",
         ),
         (
-            [Holding(torch.ones(1, 4), (6, 4), (0, 0)), Holding(torch.ones(1, 4).half(), (6, 4), (1, 0))],
+            (Holding(torch.ones(1, 4), (6, 4), (0, 0)), Holding(torch.ones(1, 4).half(), (6, 4), (1, 0))),
             "w: its parts differ in dtype",
         ),
-        ([], "w is not a tensor but list"),
+        ((), "w is not a tensor but tuple"),
+        ([Holding(torch.ones(1, 4), (6, 4), (0, 0))], "w is not a tensor but list"),
         ("text", "w is not a tensor but str"),
     ],
 )
 def test_what_cannot_be_a_part_is_refused_by_name(held: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         WeightSource({"w": held})
+
+
+def test_a_view_of_memory_that_was_replaced_is_refused() -> None:
+    weight = nn.Parameter(torch.zeros(4, 3))
+    source = WeightSource({"w": Holding(weight[:2], (4, 3), (0, 0))})
+    assert source.stable_params() is not None
+    weight.data = torch.ones(4, 3)
+    with pytest.raises(ValueError, match="w: its holding is a view of memory that was replaced: make it anew"):
+        source.peek_manifest()
+
+
+def test_strided_holdings_are_found_once() -> None:
+    """As the parts of fused weights are."""
+    fused = torch.randn(2, 4, 3, 5)
+    source = WeightSource({"w": Holding(fused[:, :2], (12, 5), (0, 0, 0, 0), (2, 2, 3, 5))})
+    assert source.stable_params() is not None
+
+
+def test_a_holding_of_a_sharded_tensor_is_refused() -> None:
+    with rank_of(2, 0):
+        tensor = distribute_tensor(torch.ones(4, 3), init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
+        with pytest.raises(ValueError, match=r"w: a holding needs this rank's own tensor: pass to_local\(\)"):
+            WeightSource({"w": Holding(tensor, (8, 3), (0, 0))})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("originals", [True, False], ids=["use_orig_params", "flat"])
+def test_fsdp1_has_tied_parameters_once(originals: bool) -> None:
+    for rank in range(2):
+        with rank_of(2, rank):
+            net: Any = nn.ModuleDict({"embed": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
+            net["head"].weight = net["embed"].weight
+            wrapped = FullyShardedDataParallel(net, use_orig_params=originals, device_id=torch.device("cpu"))
+            ((box,),) = (held.boxes for held in WeightSource(wrapped).statement)
+            assert box == Box((32,), (16 * rank,), (16 * rank + 16,))
+
+
+def test_adapters_of_flattened_models_are_refused() -> None:
+    param = nn.Parameter(torch.empty(0))
+    for name, value in {"ds_shape": torch.Size((4, 2)), "ds_tensor": torch.zeros(4)}.items():
+        setattr(param, name, value)
+    with rank_of(2, 0), pytest.raises(ValueError, match="w: a peft model that FSDP1 or ZeRO-3 has flattened"):
+        GatheringSource({"w": param})

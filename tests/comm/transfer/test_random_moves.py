@@ -5,11 +5,12 @@ from itertools import product
 
 import pytest
 import torch
-from moves import Key, Sink, random_sink, random_values, random_weights
+from moves import Key, Sink, random_sink, random_values, random_weights, whole_moves
 from ranks import CPU, Memory, Ranks, Tapped, WatchedSource, all_results, receive, receiver_of, same_bytes, send
 from shards import random_shards
+from sides import memory_of
 
-from rollcast.comm import Holders, TransferPlan, WeightBroadcaster, build_transfer
+from rollcast.comm import Holders, Holding, TransferPlan, WeightBroadcaster, WeightSource, build_transfer
 
 BUCKET_BYTES = (256, 300, 1024, 4096, 65537, 1 << 22)
 SEEDS = 40
@@ -29,7 +30,7 @@ class Job:
         dtype = rng.choice([None, torch.bfloat16, torch.float32])
         self.shards = random_shards(rng, self.weights, TRAINERS[trainers]) if trainers == "shards" else None
         held = [self.weights] * TRAINERS[trainers] if self.shards is None else self.shards.held
-        self.sources = [WatchedSource(of_rank, dtype=dtype) for of_rank in held if of_rank]
+        self.sources = [WatchedSource(of_rank, dtype=dtype) for of_rank in held]
         self.holders = Holders.of([source.statement for source in self.sources])
         manifest = self.holders.manifest
         params = range(len(manifest.specs))
@@ -122,6 +123,26 @@ def test_every_worker_gets_exactly_its_bytes(trainers: str) -> None:
             tap = taps[worker][lane.index]
             assert (tap.nbytes, tap.broadcasts) == (lane.nbytes, len(lane.buckets))
         assert sum(tap.nbytes for tap in taps[worker].values()) == job.sinks[name].wire_bytes
+
+
+def test_parts_that_one_rank_holds_may_overlap() -> None:
+    """Each worker prefers the trainer rank of its number, whose rows 2 and up are in the second of two tensors."""
+    full = torch.randn(6, 4)
+
+    def rows(start: int, stop: int) -> Holding:
+        return Holding(full[start:stop].clone(), (6, 4), (start, 0))
+
+    sources = [WeightSource({"w": rows(2, 6)}), WeightSource({"w": (rows(0, 3), rows(2, 6))})]
+    holders = Holders.of([source.statement for source in sources])
+    moves = whole_moves(holders.manifest)
+    plan = build_transfer(holders, {"w": moves}, ["w", "w"], bucket_bytes=1024, paired=True)
+    memories = [memory_of(holders.manifest, moves) for _ in range(2)]
+    receivers = {worker: receiver_of(plan.lanes_of(worker), memory) for worker, memory in enumerate(memories)}
+    with Ranks(*[lane.workers for lane in plan.lanes]) as ranks:
+        ranks.sync(
+            [WeightBroadcaster(source, plan, rank=rank, device=CPU) for rank, source in enumerate(sources)], receivers
+        )
+    assert all(torch.equal(memory.tensors["w"], full) for memory in memories)
 
 
 def test_ranks_read_only_what_they_hold() -> None:

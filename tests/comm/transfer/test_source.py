@@ -1,5 +1,7 @@
 """The trainer's weights: names, specs and order of gathering; what a sync does when their memory has moved."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 
-from rollcast.comm import WeightSource
+from rollcast.comm import Holders, WeightSource
 from rollcast.comm.plan.buckets import LARGE_BYTES
 from rollcast.comm.transfer.source import MANY_TENSORS
 
@@ -44,9 +46,22 @@ def names(source: WeightSource) -> list[str]:
     return [spec.name for spec in source.manifest.specs]
 
 
-def test_a_source_without_parameters_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        WeightSource({})
+def test_a_rank_may_have_nothing_but_not_all_ranks() -> None:
+    nothing = WeightSource({})
+    some = WeightSource({"w": torch.zeros(2)})
+    assert Holders.of([nothing.statement, some.statement]).shares().keys() == {1}
+    with pytest.raises(ValueError, match="no trainer rank has any parameter to send"):
+        Holders.of([nothing.statement])
+
+
+def test_released_weights_are_freed() -> None:
+    weights = {"w": torch.zeros(4)}
+    source = WeightSource(weights)
+    memory = weakref.ref(weights["w"].untyped_storage())
+    source.release()
+    weights["w"].data = torch.ones(4)
+    gc.collect()
+    assert memory() is None
 
 
 @pytest.mark.parametrize("count", [3, MANY_TENSORS])
@@ -247,7 +262,9 @@ def test_weights_that_change_their_dtype_during_a_sync_fail_it(monkeypatch: pyte
         sides.sync(ranks)
         weights["d"].data = weights["d"].data.bfloat16()
         receiving = ranks.start(receive, sides.receivers[0], ranks.workers[0])
-        with pytest.raises(ValueError, match=r"d \[300\] bfloat16 changed its dtype or device since the last sync"):
+        with pytest.raises(
+            ValueError, match=r"d \[300\] bfloat16 changed its dtype, device or layout since the last sync"
+        ):
             send(sides.broadcaster, ranks.senders)
         ranks.senders[0].close()
         with pytest.raises(RuntimeError):

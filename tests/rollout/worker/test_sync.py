@@ -68,6 +68,7 @@ class FakeReceiver:
     """Receives nothing: calls `meanwhile`, or fails."""
 
     planned = ()
+    first_lane = 0
     prefetch_count = 0
 
     def __init__(self, digest: str, error: Exception | None = None) -> None:
