@@ -113,7 +113,8 @@ def build_transfer(
     order = memory_order(landings.values())
     lanes: list[Lane] = []
     for digest, receivers, shares in _receivers(holders, landings, workers, paired=paired):
-        everything = len(shares) == 1
+        parts = (box for boxes in shares.values() for of_param in boxes.values() for box in of_param)
+        everything = len(shares) == 1 and all(box.extent == box.shape for box in parts)
         for sender, boxes in shares.items():
             lane = Lane.build(
                 landings[digest],
@@ -125,7 +126,7 @@ def build_transfer(
                 # A worker has buffers for every lane.
                 bucket_bytes=max(bucket_bytes // len(shares), min(bucket_bytes, ALIGN_BYTES)),
             )
-            if lane.buckets or everything:
+            if lane.buckets or len(shares) == 1:
                 lanes.append(lane)
     return TransferPlan(manifest, order, tuple(lanes))
 
