@@ -171,7 +171,10 @@ def test_requests_end_by_id_or_all_with_what_they_have(pool: Pool) -> None:
         pool.abort()
         return ended, whole, several.result(30.0)
 
-    ended, whole, several = until(end_some, lambda result: result[0].finish_reason == "abort")
+    # Not before its first token, nor behind its last.
+    ended, whole, several = until(
+        end_some, lambda result: result[0].finish_reason == "abort" and result[0].token_ids != []
+    )
     assert (len(whole.token_ids), len(whole.logprobs), whole.finish_reason) == (LENGTH, LENGTH, "length")
     for sample in (ended, *several):
         assert 0 <= len(sample.token_ids) == len(sample.logprobs) < LENGTH and sample.finish_reason == "abort"
