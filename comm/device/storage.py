@@ -77,9 +77,12 @@ class ModuleSnapshot:
 
 
 def _local_tensors(value: object) -> list[torch.Tensor]:
-    if isinstance(value, DTensor):
-        return [value._local_tensor]
-    return [value] if isinstance(value, torch.Tensor) else []
+    return [local_tensor(value)] if isinstance(value, torch.Tensor) else []
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor that has this rank's elements: of a sharded tensor its shard."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def storage_id(tensor: torch.Tensor) -> int:

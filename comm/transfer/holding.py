@@ -10,7 +10,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, _StridedShard
 
-from rollcast.comm.device.storage import storage_id
+from rollcast.comm.device.storage import local_tensor, storage_id
 from rollcast.comm.plan.box import Box
 
 
@@ -105,11 +105,6 @@ def tensors_of(held: Any) -> list[torch.Tensor]:
     if isinstance(held, torch.Tensor):
         return [local_tensor(held)]
     return [tensor for holding in held for tensor in tensors_of(holding)]
-
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor that has this rank's elements."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def box_of_shard(name: str, tensor: DTensor) -> Box:

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from rollcast.comm import (
     Deadline,
     Group,
+    Holders,
     Lane,
     PhaseTimer,
     TransferPlan,
@@ -90,8 +91,9 @@ class Lanes:
         self._store: dist.TCPStore | None = None
         self._groups: dict[int, Group] = {}
         self._sender: WeightBroadcaster | None = None
-        # What each rank holds (rank 0).
+        # What each rank holds, as it was stated and merged (rank 0).
         self._statements: Sequence[str] = ()
+        self._holders: Holders
         self.plan: TransferPlan | None = None
 
     def exchange_statements(self, topic: str, *, deadline: Deadline) -> None:
@@ -104,8 +106,7 @@ class Lanes:
             return
 
         def take(statements: Sequence[str]) -> str:
-            merge_statements(statements)
-            self._statements = statements
+            self._statements, self._holders = statements, merge_statements(statements)
             return COMPLETE
 
         own = statement_to_text(self._source.statement)
@@ -178,8 +179,7 @@ class Lanes:
     def _host_rendezvous(self, deadline: Deadline) -> Rendezvous:
         """Rank 0: collect the workers' landing plans and publish a blueprint made of them."""
         try:
-            manifest = merge_statements(self._statements).manifest
-            replies = self._client.request_each(Prepare(manifest.to_bytes()), deadline=deadline)
+            replies = self._client.request_each(Prepare(self._holders.manifest.to_bytes()), deadline=deadline)
             digests = [expect(reply, Prepared).digests for reply in replies]
             landings: dict[str, bytes] = {}
             for engine, of_engine in enumerate(digests):
@@ -190,7 +190,7 @@ class Lanes:
             self._store, address = host_store(self._host, timeout_s=deadline.left_s())
             workers = [digest for of_engine in digests for digest in of_engine]
             blueprint = Blueprint(self._statements, landings, workers)
-            return Rendezvous(address, publish_plan(blueprint, self._store, self._config))
+            return Rendezvous(address, publish_plan(blueprint, self._store, self._holders, self._config))
         except Exception as error:
             return Rendezvous(outcome=StepOutcome.of_error(error, phase="prepare"))
 

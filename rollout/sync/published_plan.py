@@ -26,10 +26,13 @@ class Blueprint(msgspec.Struct, frozen=True):
     digest: str = ""
     """Digest of the transfer plan."""
 
-    def build(self, config: RolloutConfig) -> TransferPlan:
-        """Return the transfer plan. Raises `ValueError` for a parameter that no worker keeps."""
+    def build(self, holders: Holders, config: RolloutConfig) -> TransferPlan:
+        """Return the transfer plan; `holders` is what `merge_statements` makes of the statements.
+
+        Raises `ValueError` for a parameter that no worker keeps.
+        """
         return build_transfer(
-            merge_statements(self.statements),
+            holders,
             {digest: LandingPlan.from_bytes(plan).moves for digest, plan in self.landings.items()},
             self.workers,
             bucket_bytes=config.bucket_bytes,
@@ -42,9 +45,9 @@ def merge_statements(texts: Sequence[str]) -> Holders:
     return Holders.of(list(map(statement_from_text, texts)))
 
 
-def publish_plan(blueprint: Blueprint, store: dist.Store, config: RolloutConfig) -> int:
+def publish_plan(blueprint: Blueprint, store: dist.Store, holders: Holders, config: RolloutConfig) -> int:
     """Put the blueprint, with its plan's digest, into the groups' store (rank 0). Return the number of its parts."""
-    blueprint = msgspec.structs.replace(blueprint, digest=blueprint.build(config).digest)
+    blueprint = msgspec.structs.replace(blueprint, digest=blueprint.build(holders, config).digest)
     text = base64.b64encode(msgspec.msgpack.encode(blueprint)).decode()
     starts = range(0, len(text), PART_BYTES)
     for part, start in enumerate(starts):
@@ -56,7 +59,7 @@ def read_plan(store: dist.Store, parts: int, config: RolloutConfig, *, rank: int
     """Return the plan of the blueprint that rank 0 has published. Raises `ValueError` if this rank makes another."""
     text = b"".join(store.get(f"blueprint/{part}") for part in range(parts))
     blueprint = msgspec.msgpack.decode(base64.b64decode(text), type=Blueprint)
-    plan = blueprint.build(config)
+    plan = blueprint.build(merge_statements(blueprint.statements), config)
     if plan.digest != blueprint.digest:
         raise ValueError(f"trainer rank {rank} made another transfer plan than rank 0: run one version of rollcast")
     return plan

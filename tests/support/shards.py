@@ -37,16 +37,21 @@ def random_shards(rng: random.Random, weights: dict[str, torch.Tensor], ranks: i
     return shards
 
 
+def indices(box: Box) -> tuple[slice, ...]:
+    """What selects the box in a tensor of its shape."""
+    return tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))
+
+
 def _holding(rng: random.Random, shards: Shards, full: torch.Tensor, view: list[int], box: Box) -> Holding:
-    indices = tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))
+    where = indices(box)
     if rng.random() < 0.5 and full.is_contiguous():
-        return Holding(full.view(view)[indices], full.shape, box.start, view)
+        return Holding(full.view(view)[where], full.shape, box.start, view)
     # A copy of its own, in a larger tensor or with other strides.
     wide = torch.empty([size + rng.choice([0, 1]) for size in box.extent], dtype=full.dtype)
     own = wide[tuple(slice(size) for size in box.extent)]
 
     def copy() -> None:
-        own.copy_(full.reshape(view)[indices])
+        own.copy_(full.reshape(view)[where])
 
     copy()
     shards.copies.append(copy)

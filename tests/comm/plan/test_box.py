@@ -5,6 +5,7 @@ from math import prod
 
 import pytest
 import torch
+from shards import indices
 
 from rollcast.comm.plan.box import Box, Strided, cut, localize
 from rollcast.comm.plan.region import Region
@@ -61,17 +62,18 @@ def random_box(shape: list[int], chance: random.Random) -> Box:
     return Box(tuple(shape), tuple(start), tuple(stop))
 
 
-def indices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_parts_are_the_elements_inside_the_box_each_once(seed: int) -> None:
+def random_case(seed: int) -> tuple[random.Random, torch.Tensor, torch.Tensor, Box]:
+    """A full tensor, a part of it that a worker keeps, and a box that a rank holds."""
     chance = random.Random(seed)
     shape = random_shape(chance)
     full = torch.arange(prod(shape)).view(shape)
     source = random_part(full, chance)
-    box = random_box(random_view(shape, chance), chance)
+    return chance, full, source, random_box(random_view(shape, chance), chance)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_parts_are_the_elements_inside_the_box_each_once(seed: int) -> None:
+    _, full, source, box = random_case(seed)
     inside = torch.zeros(box.shape, dtype=torch.bool)
     inside[indices(box)] = True
     target = torch.full(source.shape, -1)
@@ -88,11 +90,7 @@ def test_parts_are_the_elements_inside_the_box_each_once(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_local_parts_read_the_same_elements_from_the_ranks_own_tensor(seed: int) -> None:
-    chance = random.Random(seed)
-    shape = random_shape(chance)
-    full = torch.arange(prod(shape)).view(shape)
-    source = random_part(full, chance)
-    box = random_box(random_view(shape, chance), chance)
+    chance, full, source, box = random_case(seed)
     held = full.view(box.shape)[indices(box)]
     # Any strides: contiguous, transposed, or a part of a larger tensor.
     order = chance.sample(range(held.dim()), held.dim())

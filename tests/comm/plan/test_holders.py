@@ -7,6 +7,7 @@ from math import prod
 import pytest
 import torch
 from moves import whole_moves
+from shards import indices
 
 from rollcast.comm import Box, HeldParam, Holders, Manifest, ParamSpec, build_transfer
 from rollcast.comm.plan.holders import MAX_REPLICAS, SPLIT_BYTES
@@ -69,7 +70,7 @@ def test_every_element_is_sent_once_however_parts_overlap(seed: int) -> None:
     marks = torch.zeros(shape, dtype=torch.int)
     for rank, share in Holders.of(statements).shares(preferred=rng.choice([None, 1])).items():
         for box in share[0]:
-            part = tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))
+            part = indices(box)
             marks[part] += 1
             assert any(_inside(box, held) for held in statements[rank][0].boxes)
     assert torch.equal(marks, torch.ones_like(marks))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from shards import indices
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -116,7 +117,7 @@ def test_every_rank_states_what_it_has(layout: str, world: int) -> None:
                 if held.spec.name == "scale":
                     assert box == Box.whole((2,)) and torch.equal(part, torch.tensor([2.0, 3.0]))
                     continue
-                where = tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))
+                where = indices(box)
                 assert torch.equal(part, full[held.spec.name][where])
                 assert isinstance(net.get_parameter(held.spec.name), DTensor) or box == Box.whole(box.shape)
                 marks[held.spec.name][where] += 1
@@ -140,7 +141,7 @@ def test_fsdp1_has_ranges_of_flattened_parameters(strategy: str, originals: bool
             assert {spec.name: spec.shape for spec in source.manifest.specs} == {n: t.shape for n, t in full.items()}
             for held, (_, (part,)) in zip(source.statement, source.gather(range(len(full))), strict=True):
                 (box,) = held.boxes
-                where = tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))
+                where = indices(box)
                 assert torch.equal(part, full[held.spec.name].view(box.shape)[where])
                 marks[held.spec.name].view(box.shape)[where] += 1
     assert all(mark.min() >= 1 for mark in marks.values())

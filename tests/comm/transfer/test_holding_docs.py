@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from shards import indices
 
 from rollcast.comm import Holders, Holding, WeightSource
 
@@ -31,7 +32,7 @@ def check(states: list[dict[str, Holding]], full: dict[str, torch.Tensor]) -> No
             index = [each.name for each in source.manifest.specs].index(spec.name)
             ((_, (part,)),) = source.gather([index])
             (box,) = source.statement[index].boxes
-            where = tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))
+            where = indices(box)
             assert torch.equal(part, full[spec.name].view(box.shape)[where]), rank
             marks.view(box.shape)[where] += 1
         assert torch.equal(marks, torch.ones_like(marks)), param
