@@ -126,8 +126,8 @@ class RolloutConfig:
     reads at most 4,096 messages over NVLink, which is a little faster; else "nccl"."""
     verify: str = "none"
     """How a sync verifies that the weights arrived as they were sent. "checksum" compares 64-bit hashes of every
-    message, computed on both sides' devices. "full" also sends everything again and compares it with what is in
-    memory, in twice the time."""
+    message, computed on both sides' devices, and first those of what several trainer ranks hold of the same parameters.
+    "full" also sends everything again and compares it with what is in memory, in twice the time."""
     cpu_weights: str = "packed"
     """Layout of linear weights in CPU engines: "packed" is vLLM's own, "plain" that of CUDA engines."""
     bucket_bytes: int = 1 << 30

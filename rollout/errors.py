@@ -15,9 +15,10 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     worker: int | None = None
     """Rank of the worker in its engine; None where it was not a worker."""
     phase: str = ""
-    """What was under way. Of an engine's life: "start", "run". Of a sync: "prepare", "plan", "join", "receive", "send",
-    "agree", "commit", "finalize", "abort". Of a call of the pool: "generate", "describe", "fingerprint", "call",
-    "sleep", "wake_up". Empty where the connection to the engine ended, or no reply came in time."""
+    """What was under way. Of an engine's life: "start", "run". Of a sync: "prepare", "plan", "join", "verify",
+    "receive", "send", "agree", "commit", "finalize", "abort". Of a call of the pool: "generate", "describe",
+    "fingerprint", "call", "sleep", "wake_up". Empty where the connection to the engine ended, or no reply came in
+    time."""
 
     def __str__(self) -> str:
         places = [f"engine {self.engine}"] if self.engine is not None else []

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from operator import lt
 
 from rollcast.comm.plan.region import Region
 
@@ -66,6 +67,12 @@ class Box:
                     parts.append(Box(self.shape, *ends))
             start[dim], stop[dim] = low[dim], high[dim]
         return parts
+
+    def common(self, other: "Box") -> "Box | None":
+        """Return the elements that are in `other`, too, which has the same shape; None if there are none."""
+        assert self.shape == other.shape
+        low, high = _overlap(self, other)
+        return Box(self.shape, low, high) if all(map(lt, low, high)) else None
 
     def __str__(self) -> str:
         ranges = ", ".join(f"{start}:{stop}" for start, stop in zip(self.start, self.stop, strict=True))

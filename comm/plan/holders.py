@@ -3,9 +3,10 @@
 import base64
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from math import prod
 
 import torch
@@ -58,6 +59,15 @@ def statement_from_text(text: str) -> list[HeldParam]:
 def _row(box: Box) -> tuple[tuple[int, ...], ...]:
     """Return the box as numbers; nothing for a whole parameter."""
     return () if box.extent == box.shape else (box.shape, box.start, box.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Elements of a parameter that are in several tensors, of one trainer rank or of several."""
+
+    param: int
+    """Index of the parameter in the manifest."""
+    box: Box
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,15 @@ class Holders:
                     shares.setdefault(rank, {}).setdefault(param, []).append(part)
         return dict(sorted(shares.items()))
 
+    def overlaps(self) -> list[Overlap]:
+        """Return all that is held more than once: these tensors must be equal."""
+        return [
+            Overlap(param, box)
+            for param, (spec, parts) in enumerate(zip(self.manifest.specs, self.parts, strict=True))
+            if sum(box.numel for _, box in parts) > spec.numel
+            for box in _held_twice([box for _, box in parts])
+        ]
+
 
 def cut_moves(moves: Iterable[Move], boxes: Boxes) -> list[Move]:
     """Return the parts of a worker's moves whose source elements are in these boxes, in the moves' order."""
@@ -148,6 +167,15 @@ def _disjoint(parts: Sequence[Part]) -> list[tuple[Box, list[int]]]:
             rest = [piece for part in rest for piece in part.minus(earlier)]
         disjoint += [(piece, ranks) for piece in rest]
     return disjoint
+
+
+def _held_twice(boxes: Sequence[Box]) -> list[Box]:
+    """Return boxes of all elements that are in several of the boxes; a box may occur twice."""
+    counts = Counter(boxes)
+    twice = [box for box, count in counts.items() if count > 1]
+    if not _side_by_side(list(counts)):
+        twice += filter(None, (one.common(other) for one, other in combinations(counts, 2)))
+    return [*dict.fromkeys(twice)]
 
 
 def _side_by_side(boxes: Sequence[Box]) -> bool:

@@ -23,7 +23,6 @@ from rollcast.comm import (
     statement_to_text,
 )
 from rollcast.comm.agreement import Agreement
-from rollcast.comm.device.nvml import NVLINK
 from rollcast.comm.transport.rendezvous import connect_store
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.errors import EngineError, Failure, RollcastError, SyncError
@@ -41,11 +40,8 @@ from rollcast.rollout.protocol.messages import (
 from rollcast.rollout.protocol.registry import RankInfo
 from rollcast.rollout.sync.outcome import StepOutcome, agree_on
 from rollcast.rollout.sync.published_plan import Blueprint, merge_statements, publish_plan, read_plan
-
-# Most messages of a lane for which "auto" lets a worker read the trainer's memory over NVLink. That is faster for few
-# tensors, but costs more for each message than NCCL does: for the 18,867 tensors of Qwen3-30B-A3B NCCL is faster.
-MAX_IPC_MESSAGES = 4096
-
+from rollcast.rollout.sync.replicas import Replicas
+from rollcast.rollout.sync.transport_choice import choose_transport
 
 # What rank 0 makes of all statements.
 COMPLETE = "complete"
@@ -91,6 +87,7 @@ class Lanes:
         self._store: dist.TCPStore | None = None
         self._groups: dict[int, Group] = {}
         self._sender: WeightBroadcaster | None = None
+        self._replicas: Replicas
         # What each rank holds, as it was stated and merged (rank 0).
         self._statements: Sequence[str] = ()
         self._holders: Holders
@@ -134,7 +131,8 @@ class Lanes:
         plan, store, outcome = None, None, StepOutcome()
         try:
             store = connect_store(address, join_deadline)
-            plan = read_plan(store, verdict.value.parts, self._config, rank=self._rank)
+            plan, holders = read_plan(store, verdict.value.parts, self._config, rank=self._rank)
+            self._replicas = Replicas(self._agreement, self._source, holders)
         except Exception as error:
             outcome = StepOutcome.of_error(error, phase="plan")
         # From here on nobody is late: rank 0 may give up, and end the store, at any time.
@@ -147,6 +145,10 @@ class Lanes:
         agree(f"{topic}/joined", outcome).raise_failures()
         self._sender = WeightBroadcaster(self._source, plan, rank=self._rank, device=self.device)
         self.plan = plan
+
+    def compare_replicas(self, topic: str, *, deadline: Deadline) -> None:
+        """Raise `SyncError` on all ranks where ranks hold different values of the same weights. Collective."""
+        self._replicas.compare(topic, deadline=deadline)
 
     def send(self, *, deadline: Deadline, timer: PhaseTimer, checksums: bool) -> Exception | None:
         """Send every weight once. Collective over the trainer ranks.
@@ -264,25 +266,6 @@ class Lanes:
 
     def _transport(self, lane: Lane) -> str:
         return choose_transport(lane, config=self._config, ranks=self._ranks)
-
-
-def choose_transport(lane: Lane, *, config: RolloutConfig, ranks: Sequence[RankInfo]) -> str:
-    """Return the transport of a lane: as configured, or for "auto" the fastest that the ranks' GPUs allow.
-
-    `ranks` is in rank order.
-    """
-    if config.resolved_device() == "cpu":
-        return "gloo"
-    if config.transport != "auto":
-        return config.transport
-    sender, receivers = ranks[lane.sender], [ranks[config.trainers + worker] for worker in lane.workers]
-    local = [receiver for receiver in receivers if receiver.host == sender.host]
-    if any(receiver.gpu == sender.gpu for receiver in local):
-        # NCCL cannot join two ranks on one GPU.
-        return "ipc"
-    # Several readers would share the bandwidth of the sender's links, where NCCL's can pass on what they have.
-    single = len(local) == len(receivers) == 1 and sender.links.get(local[0].gpu or "") == NVLINK
-    return "ipc" if single and len(lane.messages) <= MAX_IPC_MESSAGES else "nccl"
 
 
 def _of_rank_0(values: Sequence[Rendezvous]) -> Rendezvous:

@@ -55,11 +55,15 @@ def publish_plan(blueprint: Blueprint, store: dist.Store, holders: Holders, conf
     return len(starts)
 
 
-def read_plan(store: dist.Store, parts: int, config: RolloutConfig, *, rank: int) -> TransferPlan:
-    """Return the plan of the blueprint that rank 0 has published. Raises `ValueError` if this rank makes another."""
+def read_plan(store: dist.Store, parts: int, config: RolloutConfig, *, rank: int) -> tuple[TransferPlan, Holders]:
+    """Return the plan of the blueprint that rank 0 has published, and who holds what.
+
+    Raises `ValueError` if this rank makes another plan of it.
+    """
     text = b"".join(store.get(f"blueprint/{part}") for part in range(parts))
     blueprint = msgspec.msgpack.decode(base64.b64decode(text), type=Blueprint)
-    plan = blueprint.build(merge_statements(blueprint.statements), config)
+    holders = merge_statements(blueprint.statements)
+    plan = blueprint.build(holders, config)
     if plan.digest != blueprint.digest:
         raise ValueError(f"trainer rank {rank} made another transfer plan than rank 0: run one version of rollcast")
-    return plan
+    return plan, holders

@@ -178,6 +178,8 @@ class SyncSession:
         """Open lanes, let the engines receive, and send. Returns the workers' reports on rank 0."""
         with self._timer("plan"):
             self._lanes.open(self._topic, join_deadline=budget.join, deadline=budget.transfer)
+            if self._options.verify != "none":
+                self._lanes.compare_replicas(self._topic, deadline=budget.transfer)
         error = self._receive(budget.transfer)
         # A rank that has failed sends all the same: the others gather shards with it and would wait for it.
         for verifying in (False, True)[: 2 if self._options.verify == "full" else 1]:

@@ -205,7 +205,8 @@ class Sharded(GatheringSource):
 class Trainers:
     """Trainer ranks as threads, each with a broadcaster and a connection to the job's store of its own."""
 
-    def __init__(self, weights: Weights, engines: Engines, *, count: int, **settings: Any) -> None:
+    def __init__(self, weights: Weights | Sequence[Weights], engines: Engines, *, count: int, **settings: Any) -> None:
+        """`weights` are those of all ranks, or of each."""
         store, address = host_store("127.0.0.1", timeout_s=LONG_S)
         host, port = address.split(":")
         meeting = threading.Barrier(count)
@@ -220,7 +221,8 @@ class Trainers:
         self._store = store
         self._engines = engines
         self._threads = ThreadPoolExecutor(count)
-        self.sources = [Sharded(weights, meeting) for _ in range(count)]
+        of_ranks = [*weights] if isinstance(weights, Sequence) else [weights] * count
+        self.sources = [Sharded(of_rank, meeting) for of_rank in of_ranks]
         pool: Any = engines
         self.broadcasters = [
             PoolBroadcaster(

@@ -20,7 +20,8 @@ from rollcast.rollout import EngineError, RolloutConfig, SyncError
 from rollcast.rollout.errors import Failure
 from rollcast.rollout.protocol.messages import AbortSync, Commit, Finalize, JoinGroup, Prepare, Receive
 from rollcast.rollout.protocol.registry import RankInfo
-from rollcast.rollout.sync.lanes import MAX_IPC_MESSAGES, Lanes, choose_transport
+from rollcast.rollout.sync.lanes import Lanes
+from rollcast.rollout.sync.transport_choice import MAX_IPC_MESSAGES, choose_transport
 
 pytestmark = pytest.mark.timeout(120)
 # Much less than the deadline. Where the resolver is slow, a connection to a store can take 5 s.
@@ -32,7 +33,7 @@ Start = Callable[..., Trainers]
 def start() -> Iterator[Start]:
     started: list[Trainers] = []
 
-    def trainers(engines: Engines, weights: Weights, **settings: Any) -> Trainers:
+    def trainers(engines: Engines, weights: Weights | list[Weights], **settings: Any) -> Trainers:
         started.append(Trainers(weights, engines, **{"count": 2} | settings))
         return started[-1]
 
@@ -86,10 +87,47 @@ def test_every_worker_gets_its_part_from_its_sender(start: Start, count: int, si
         check_ok(trainers.sync({"version": version, "verify": verify}))
         check_landed(engines, weights)
         assert engines.versions == {0: version, 1: version}
-    assert in_step(trainers) and trainers.sources[0].gathers == 3 * (2 if verify == "full" else 1)
+    passes = {"none": 1, "checksum": 1, "full": 2}[verify] + (count > 1 and verify != "none")
+    assert in_step(trainers) and trainers.sources[0].gathers == 3 * passes, (
+        "replicas are compared in a pass of their own"
+    )
     joins = [request for request in engines.seen if isinstance(request, JoinGroup)]
     lanes = [lane for request in joins for of_worker in request.assignments for lane in of_worker]
     assert {lane.sender for lane in lanes} == set(range(count)), "replicas share the work"
+
+
+@pytest.mark.parametrize("verify", ["checksum", "full"])
+def test_replicas_that_differ_are_found_before_anything_is_sent(start: Start, verify: str) -> None:
+    engines, weights = Engines(2, 2), weights_of()
+    replica = {name: tensor.clone() for name, tensor in weights.items()}
+    trainers = start(engines, [weights, weights, replica], count=3)
+    check_ok(trainers.sync({"version": 1, "verify": verify}))
+    replica["p3"][7, 5] = -replica["p3"][7, 5]
+    received = sum(isinstance(request, Receive) for request in engines.seen)
+    with within(SOON_S):
+        results = trainers.sync({"version": 2, "verify": verify})
+    text = (
+        "trainer ranks hold different values of the same weights: p3 [0:16, 0:60] of [16, 60] (ranks 0 and 2). "
+        "Load or broadcast the same weights on all of them"
+    )
+    check_failed(results, Failure(text=text, phase="verify"))
+    assert sum(isinstance(request, Receive) for request in engines.seen) == received
+    replica["p3"].copy_(weights["p3"])
+    check_ok(trainers.sync({"version": 3, "verify": verify}))
+    check_landed(engines, weights)
+
+
+def test_a_rank_that_cannot_read_its_replicas_fails_all(start: Start) -> None:
+    trainers = start(Engines(1, 1), weights_of())
+
+    def fail_to_gather(order: object) -> Any:
+        raise MemoryError("no memory")
+
+    trainers.sources[1].gather = fail_to_gather
+    with within(SOON_S):
+        results = trainers.sync({"version": 1, "verify": "checksum"})
+    check_failed(results)
+    assert results[0].phase == "verify" and "trainer rank 1: no memory" in str(results[0])
 
 
 @pytest.mark.parametrize("verify", ["none", "full"])
@@ -238,11 +276,24 @@ ROW = Region((4,), (1,), 0, torch.float32)
         ([rank_info("GPU-0")], {}, "ipc"),
         ([rank_info("GPU-1", host="b")], {}, "nccl"),
         ([rank_info("GPU-1"), rank_info("GPU-2")], {}, "nccl"),
+        ([rank_info("GPU-3")], {"colocate": True}, "ipc"),
+        ([rank_info("GPU-1", host="b")], {"colocate": True}, "nccl"),
         ([rank_info("GPU-1")], {"transport": "ipc"}, "ipc"),
         ([rank_info("GPU-0")], {"transport": "nccl"}, "nccl"),
         ([rank_info("GPU-1")], {"device": "cpu"}, "gloo"),
     ],
-    ids=["NVLink", "PCIe", "one GPU", "two machines", "two workers", "set to ipc", "set to nccl", "CPU"],
+    ids=[
+        "NVLink",
+        "PCIe",
+        "one GPU",
+        "two machines",
+        "two workers",
+        "colocated",
+        "colocated, two machines",
+        "set to ipc",
+        "set to nccl",
+        "CPU",
+    ],
 )
 def test_auto_transport_follows_the_gpus(receivers: list[RankInfo], settings: dict[str, Any], expected: str) -> None:
     chosen: dict[str, Any] = {"device": "cuda"} | settings
