@@ -4,6 +4,8 @@ PYTHON ?= python3
 NPROC  ?= 2
 ARGS        ?=
 PYTEST_ARGS ?=
+# Two processes; tests that start engines, which need all cores, run in one of them, after all others.
+PARALLEL    := -n 2 --dist loadgroup --no-loadscope-reorder
 
 ifndef PLATFORM
 PLATFORM := $(shell if nvidia-smi -L 2>/dev/null | grep -q . || test -e /dev/nvidia0; then echo cuda; else echo cpu; fi)
@@ -31,10 +33,10 @@ demo: $(STAMP)  ## train a tiny model with GRPO (ARGS="--seed 7", NPROC=2)
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m rollcast.launch.grpo $(ARGS)
 
 test: $(STAMP)  ## run the tests, linter and type checker included (PYTEST_ARGS=...)
-	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## the same, slow tests included
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check

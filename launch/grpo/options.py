@@ -42,7 +42,7 @@ class GrpoConfig:
     device: str = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None
-    steps: int = 60
+    steps: int = 40
     prompts_per_step: int = 32
     samples_per_prompt: int = 16
     max_tokens: int = 4

@@ -105,7 +105,8 @@ def collect_facts(job: rollcast.Job) -> Facts:
         perturb(model, seed=version)
         with ThreadPoolExecutor(1) as thread:
             running = thread.submit(generate_long, job)
-            time.sleep(0.2)
+            # All prompts are read by then, and nothing has ended.
+            time.sleep(0.8)
             broadcaster.sync(version=version, mode=MODES[version % 2], verify="checksum")
             in_flight.append(running.result())
         answers.append(greedy_answers(job, model))

@@ -13,6 +13,7 @@ from pool_overhead import check_settings, summary
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "pool_overhead.py"
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_one_engine_through_the_pool_and_by_itself(tmp_path: Path) -> None:
     counts = ("--requests", "8", "--max-tokens", "32", "--rounds", "3", "--pairs", "1")

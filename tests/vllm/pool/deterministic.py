@@ -15,8 +15,10 @@ from oracle import error_text
 import rollcast.rollout as rollcast
 
 PROMPTS = [[5, 6, 7], [9, 8, 3], [4, 4, 4]]
-SAMPLED = rollcast.Sampling(max_tokens=40, n=2, ignore_eos=True)
-SEEDED = rollcast.Sampling(max_tokens=40, seed=3)
+SAMPLED = rollcast.Sampling(max_tokens=16, n=2, ignore_eos=True)
+SEEDED = rollcast.Sampling(max_tokens=16, seed=3)
+STREAMED = rollcast.Sampling(max_tokens=40, ignore_eos=True)
+# Aborted long before their end.
 LONG = rollcast.Sampling(max_tokens=900, ignore_eos=True)
 Tokens = list[list[list[int]]]
 """By prompt and sample."""
@@ -81,7 +83,7 @@ def tokens_of(groups: list[list[rollcast.Completion]]) -> Tokens:
 
 
 async def read_stream(pool: rollcast.Pool) -> list[int]:
-    return [token async for piece in pool.stream([5, 6, 7], LONG) for token in piece.token_ids]
+    return [token async for piece in pool.stream([5, 6, 7], STREAMED) for token in piece.token_ids]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import msgspec
 import pytest
-from deterministic import Run
+from deterministic import STREAMED, Run
 from models import build
 from torchrun import run_facts_of_trainers
 
@@ -73,7 +73,7 @@ def test_requests_of_one_run_draw_different_ones_unless_they_are_seeded(runs: li
 def test_what_waits_for_its_turn_can_be_aborted(runs: list[Run]) -> None:
     for run in runs:
         assert run.aborted == ["abort"] * 3
-        assert len(run.streamed) == 900
+        assert len(run.streamed) == STREAMED.max_tokens
 
 
 @vllm
