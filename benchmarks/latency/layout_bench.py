@@ -102,16 +102,13 @@ class LayoutBench:
         report = self.broadcaster.sync(version=self.broadcaster.version + 1)
         return Span(start, time.perf_counter(), phases(report))
 
-    def problem(self) -> str | None:
-        """Sync both states; return what is wrong in the engines then, compared with the fresh load."""
+    def first_sync(self) -> str | None:
+        """Sync the other weights than those of the fresh load; return what did not change in the engines."""
         if self._negated:
-            self.sync()
+            self.negate()
         self.sync()
         stale = self.ranks.together(lambda: self._fresh.stale_tensors() if self._fresh else [])[0]
-        if stale:
-            return f"{len(stale)} tensors did not change: {', '.join(stale[:3])}"
-        self.sync()
-        return self.mismatch()
+        return f"{len(stale)} tensors did not change: {', '.join(stale[:3])}" if stale else None
 
     def mismatch(self) -> str | None:
         """Sync the weights of the fresh load, unless these were synced last; return what differs from it."""

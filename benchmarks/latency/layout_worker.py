@@ -28,6 +28,9 @@ class SeededLoader(BaseModelLoader):
         loader: Any = model
         loaded: set[str] = loader.load_weights(seeded_weights(model_config.model, next(model.parameters()).device))
         loader.bench_loaded = sorted(loaded)
+        if torch.cuda.is_available():
+            # The whole parameters' memory is no part of the model's.
+            torch.cuda.empty_cache()
 
 
 def seeded_weights(folder: str, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,5 +1,6 @@
 """Steps that all trainer ranks take together (every trainer rank of the latency benchmark)."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,8 @@ class TrainerRanks:
     def __init__(self, *, rank: int, size: int, device: str) -> None:
         self.rank = rank
         self.size = size
+        # One machine: whatever its name resolves to, gloo finds the other ranks.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
         self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
 

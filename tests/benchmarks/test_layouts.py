@@ -1,13 +1,23 @@
 """Layouts of the latency benchmark: their text form, what fits a machine, and which job measures them."""
 
+import json
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from latency import run
+from latency.layout_bench import FreshLoad
 from latency.layout_run import LayoutRunner
 from latency.layouts import LAYOUTS, Layout, by_placement, fitting, parse_layout, parse_layouts
 from latency.raw_senders import PIECE_BYTES, share_of
 from latency.sharded_weights import expert_owners
 from latency.stats import with_ratios
 from sync_latency import main, parse
+from termination import terminate_when
 
 from rollcast.comm import Manifest, ParamSpec
 
@@ -112,3 +122,51 @@ def test_ratios_are_to_the_raw_broadcast_of_the_layout() -> None:
         head | {"method": "rollcast", "layout": "1:3", "error": "no"},
     ]
     assert [row.get("ratio_to_raw") for row in with_ratios(rows)] == [1.5, 1.0, None, None]
+
+
+# Writes a row, as a job does that has measured one method, and then goes on until it is terminated.
+STUB = """
+import json, pathlib, sys, time
+
+spec = json.loads(pathlib.Path(sys.argv[1]).read_text())
+row = {"model": spec["model"], "layout": "1:1", "method": "rollcast", "gathered_bytes": 0, "correct": True}
+row |= {"p50_s": 1.0, "p95_s": 1.0, "max_s": 1.0, "gb_per_s": 1.0, "repeats": 1}
+with open(spec["results"], "a") as results:
+    results.write(json.dumps({"kind": "row", "content": row}) + "\\n")
+time.sleep(60)
+"""
+
+
+def test_rows_are_saved_while_the_job_runs_and_kept_when_it_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script, path = tmp_path / "stub.py", tmp_path / "cut.json"
+    script.write_text(STUB)
+    monkeypatch.setattr(run, "torchrun", lambda *job, ranks: [sys.executable, str(script), job[-1]])
+    handler = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=terminate_when, args=(path,), daemon=True).start()
+    try:
+        assert main(["--device", "cpu", "--models", "tiny", "--layouts", "1:1,1:2", "--json", str(path)]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    measured = json.loads(path.read_text())["results"]
+    assert [row["layout"] for row in measured] == ["1:1"] and measured[0]["p50_s"] == 1.0
+    assert main(["--table-from", str(path)]) == 0
+    assert "| tiny | 1:1 | rollcast | 1000.00 |" in capfd.readouterr().out
+
+
+def fresh_load(*states: dict[str, int]) -> FreshLoad:
+    """A fresh load of an engine with one worker, whose tensors are in these states one after the other."""
+    fingerprints = iter(states)
+    replies = {"bench_fingerprint": lambda: next(fingerprints), "bench_loaded": lambda: ["weight"]}
+    pool = SimpleNamespace(call_workers=lambda method, deadline: [[replies[method]()]])
+    return FreshLoad(SimpleNamespace(pool=pool))  # pyright: ignore[reportArgumentType]
+
+
+def test_engines_are_compared_with_a_fresh_load() -> None:
+    fresh, other, lost = {"weight": 1, "scale": 2}, {"weight": 3, "scale": 2}, {"weight": 1}
+    load = fresh_load(fresh, fresh, other, fresh, other, lost)
+    assert load.stale_tensors() == ["weight (worker 0 of engine 0)"], "the scale is not vLLM's loader's"
+    assert load.stale_tensors() == load.wrong_tensors() == []
+    assert load.wrong_tensors() == ["weight (worker 0 of engine 0)"]
+    assert load.wrong_tensors() == ["scale (worker 0 of engine 0)"]
