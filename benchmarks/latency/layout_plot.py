@@ -27,7 +27,7 @@ def draw_layouts(document: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(len(models), 1, height_ratios=[count + 1 for count in counts], squeeze=False)
     for axis, (model, rows) in zip(axes[:, 0], models.items(), strict=True):
         _draw_model(axis, model, rows)
-    axes[-1, 0].set_xlabel(f"ms, median\n{KEY}", fontsize=9)
+    axes[-1, 0].set_xlabel(f"ms, median, log scale\n{KEY}", fontsize=9)
     figure.suptitle(f"New weights into vLLM engines: {hardware(document['machine'])}")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -44,13 +44,16 @@ def _draw_model(axis: Any, model: str, rows: list[Row]) -> None:
         slowest = [(row["max_s"] - row["p50_s"]) * 1e3 for row in of_method]
         errors = [[0.0] * len(times), slowest]
         bars = axis.barh(places, times, height=WIDTH, color=color, label=method, xerr=errors)
-        axis.bar_label(bars, labels=[f"{time:.3g}" for time in times], padding=6, fontsize=8)
+        axis.bar_label(
+            bars, labels=[f"{time:.3g}" if time < 1e3 else f"{time:,.0f}" for time in times], padding=6, fontsize=8
+        )
     for row in rows:
         if row["method"] in RAW_METHODS:
             place, time_ms = layouts.index(row["layout"]), row["p50_s"] * 1e3
             axis.plot([time_ms, time_ms], [place - 0.45, place + 0.45], color=RAW, linewidth=1.5)
     axis.set_yticks(range(len(layouts)), layouts)
     axis.invert_yaxis()
-    axis.margins(x=0.12)
+    axis.set_xscale("log")
+    axis.set_xlim(min(row["p50_s"] for row in rows) * 5e2, max(row["max_s"] for row in rows) * 3e3)
     axis.legend(fontsize=8)
     axis.set_title(f"{model}: {size_text(rows[0]['bytes'])}", loc="left", fontsize=10)

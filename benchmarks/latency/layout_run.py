@@ -19,7 +19,7 @@ from latency.stats import with_ratios
 from rollcast.rollout.job.preflight import usable_gpus
 
 # For the start of the engines and trainers, and for each layout: its weights, the checks, what is not timed.
-START_S = 150.0
+START_S = {"cuda": 150.0, "cpu": 400.0}
 LAYOUT_S = 45.0
 STOP_S = 30.0
 METHODS = ("rollcast", "raw", "rollcast-gathered")
@@ -70,7 +70,7 @@ class LayoutRunner(JobRunner):
                     add(line)
 
             placement = layouts[0].placement
-            timeout_s = START_S + len(layouts) * (LAYOUT_S + len(METHODS) * spec.max_seconds)
+            timeout_s = START_S[self._device] + len(layouts) * (LAYOUT_S + len(METHODS) * spec.max_seconds)
             ranks = placement.trainers + placement.workers
             options: dict[str, Any] = {"ranks": ranks, "timeout_s": timeout_s, "tick": take, "stop_s": STOP_S}
             ended = self.run_job("latency.layout_job", folder, **options)
