@@ -44,9 +44,8 @@ def _draw_model(axis: Any, model: str, rows: list[Row]) -> None:
         slowest = [(row["max_s"] - row["p50_s"]) * 1e3 for row in of_method]
         errors = [[0.0] * len(times), slowest]
         bars = axis.barh(places, times, height=WIDTH, color=color, label=method, xerr=errors)
-        axis.bar_label(
-            bars, labels=[f"{time:.3g}" if time < 1e3 else f"{time:,.0f}" for time in times], padding=6, fontsize=8
-        )
+        labels = [f"{time:.3g}" if time < 1e3 else f"{time:,.0f}" for time in times]
+        axis.bar_label(bars, labels=labels, padding=6, fontsize=8)
     for row in rows:
         if row["method"] in RAW_METHODS:
             place, time_ms = layouts.index(row["layout"]), row["p50_s"] * 1e3

@@ -27,7 +27,7 @@ class TrainerRanks:
         # One machine: whatever its name resolves to, gloo finds the other ranks.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
-        self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def together(self, step: Callable[[], T]) -> list[T]:
         """Take a step once all ranks are here; return every rank's result, by rank. Collective.
