@@ -75,8 +75,12 @@ def measure(options: argparse.Namespace, *, command: str) -> dict[str, Any]:
 def measure_in_layouts(options: argparse.Namespace, *, command: str) -> dict[str, Any]:
     """Run the jobs of all layouts; the document grows, and is written, with each row."""
     runner = LayoutRunner(options)
+    try:
+        jobs = runner.jobs()
+    except ValueError as error:
+        raise SystemExit(f"sync_latency.py: {error}") from None
     document = new_document(runner.machine, command)
-    return measure_layouts(runner, document, save=lambda each: save(each, options.json))
+    return measure_layouts(runner, jobs, document, save=lambda each: save(each, options.json))
 
 
 def new_document(machine: dict[str, Any], command: str) -> dict[str, Any]:

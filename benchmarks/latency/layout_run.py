@@ -23,9 +23,13 @@ START_S = {"cuda": 150.0, "cpu": 400.0}
 LAYOUT_S = 45.0
 STOP_S = 30.0
 METHODS = ("rollcast", "raw", "rollcast-gathered")
-# vLLM's KV cache and activations, beside the weights and what one of them takes while it is loaded.
+# vLLM's KV cache and activations, beside the weights.
 ENGINE_BYTES = 12e9
-REPLICATED_SHARE = 1.1
+# A worker's share of the weights, in units of an even one: tensor parallelism replicates some.
+WORKER_SHARE = 1.1
+
+Job = tuple[str, list[Layout]]
+"""A model, and layouts of one placement."""
 
 
 class LayoutRunner(JobRunner):
@@ -39,9 +43,9 @@ class LayoutRunner(JobRunner):
         self._gpus = gpus
         self.machine: dict[str, Any] = machine_card(gpus=gpus or 0)
 
-    def jobs(self) -> list[tuple[str, list[Layout]]]:
-        """Return (model, layouts of one placement) for each job. Raises `ValueError` if a layout cannot be measured."""
-        options, found = self._options, list[tuple[str, list[Layout]]]()
+    def jobs(self) -> list[Job]:
+        """Return the jobs. Raises `ValueError` if a layout cannot be measured."""
+        options, found = self._options, list[Job]()
         layouts = fitting(options.layouts, gpus=self._gpus)
         if options.layouts is not LAYOUTS and (large := [each for each in options.layouts if each not in layouts]):
             raise ValueError(f"{', '.join(map(str, large))}: more GPUs than the {self._gpus} of this machine")
@@ -102,7 +106,7 @@ class LayoutRunner(JobRunner):
         total = self.machine.get("gpu_memory_bytes")
         if total is None:
             return 0.9
-        of_worker = weight_bytes / layout.tensor_parallel_size * REPLICATED_SHARE
+        of_worker = weight_bytes / layout.tensor_parallel_size * WORKER_SHARE
         return min((of_worker + ENGINE_BYTES) / total, 0.92)
 
 
@@ -112,10 +116,10 @@ def suits(model: str, layout: Layout) -> bool:
 
 
 def measure_layouts(
-    runner: LayoutRunner, document: dict[str, Any], *, save: Callable[[dict[str, Any]], None]
+    runner: LayoutRunner, jobs: Sequence[Job], document: dict[str, Any], *, save: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Run every job; the document grows, and is saved, with each row."""
-    for model, layouts in runner.jobs():
+    for model, layouts in jobs:
         start = time.monotonic()
 
         def add(line: Line) -> None:
