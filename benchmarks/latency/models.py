@@ -39,6 +39,7 @@ TINY_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_si
 
 SHAPES = {
     "tiny": Shape("Qwen3Config", TINY | UNTIED, torch.float32),
+    "tiny-bf16": Shape("Qwen3Config", TINY | UNTIED),
     "tiny-moe": Shape("Qwen3MoeConfig", TINY | TINY_EXPERTS | UNTIED, torch.float32),
     "qwen3-0.6b": _dense(1024, 3072, 28, 16, TIED),
     "qwen3-4b": _dense(2560, 9728, 36, 32, TIED),

@@ -1,11 +1,13 @@
 """Tables of the latency benchmark's results, for the terminal and in Markdown (the command's process)."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from latency.layout_table import LAYOUT_COLUMNS, has_layouts, layout_cells
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -21,6 +23,12 @@ COLUMNS = (
     "extra GB",
     "note",
 )
+TEXTS = ("model", "layout", "method", "note")
+
+
+def columns_of(document: dict[str, Any]) -> tuple[Sequence[str], Callable[[Row], list[str]]]:
+    """Return the columns of the document's table, and what makes the cells of a row."""
+    return (LAYOUT_COLUMNS, layout_cells) if has_layouts(document) else (COLUMNS, cells)
 
 
 def cells(row: Row) -> list[str]:
@@ -48,9 +56,10 @@ def extra_gb(row: Row) -> str:
 
 def show(document: dict[str, Any]) -> None:
     """Print the table."""
-    table = Table(*COLUMNS)
+    columns, cells_of = columns_of(document)
+    table = Table(*columns)
     for row in document["results"]:
-        table.add_row(*cells(row))
+        table.add_row(*cells_of(row))
     Console(file=sys.stdout, width=170).print(table)
 
 
@@ -61,13 +70,14 @@ def markdown(document: dict[str, Any]) -> str:
     wire = f"NVLink: {'yes' if machine['nvlink'] else 'no'}, " if "gpus" in machine else ""
     commit = document["commit"].replace(document["commit"][12:40], "")
     software = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    columns, cells_of = columns_of(document)
     lines = [
         f"{gpus}{wire}{machine['cpu']}; {software}; commit {commit}, {document['date']}.",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'|'.join('---' if name in ('model', 'method', 'note') else '--:' for name in COLUMNS)}|",
+        f"| {' | '.join(columns)} |",
+        f"|{'|'.join('---' if name in TEXTS else '--:' for name in columns)}|",
     ]
-    lines += [f"| {' | '.join(cells(row))} |" for row in document["results"]]
+    lines += [f"| {' | '.join(cells_of(row))} |" for row in document["results"]]
     return "\n".join([*lines, "", *ceiling_lines(document["ceilings"])])
 
 

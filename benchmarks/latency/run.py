@@ -5,6 +5,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ START_S = 240.0
 # Time of a method in units of `--max-seconds`: its repeats, and what is not timed.
 SHARES = 2
 STOP_S = 60.0
+TICK_S = 1.0
+INTERRUPTED = "the benchmark was interrupted before this was measured"
 # vLLM's KV cache and activations beside the weights; what a GPU without shadow buffers must leave free.
 ENGINE_BYTES = 40e9
 LEAST_ENGINE_BYTES = 8e9
@@ -51,17 +56,60 @@ class ModelResult:
                 self.errors.append(line.content)
 
 
-class Runner:
-    """Runs one model at a time on this machine's first two GPUs, or on its CPU."""
+class JobRunner:
+    """Runs one torchrun job at a time; SIGTERM ends it, and no further one should be started."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._options = options
-        on_gpus = torch.cuda.device_count() > 0 if options.device == "auto" else options.device == "cuda"
-        self._device = "cuda" if on_gpus else "cpu"
+    def __init__(self) -> None:
         self.interrupted = False
         """Whether SIGTERM ended the benchmark: the rows measured by then are its result."""
         signal.signal(signal.SIGTERM, self._end)
-        self.machine: dict[str, Any] = machine_card(gpus=RANKS if on_gpus else 0)
+
+    def run_job(
+        self,
+        module: str,
+        folder: Path,
+        *,
+        ranks: int,
+        timeout_s: float,
+        tick: Callable[[], None] = lambda: None,
+        stop_s: float = STOP_S,
+    ) -> str:
+        """Run the module on `spec.json` of the folder to its end, and `tick` meanwhile; return how it ended."""
+        # Standard output is for the document alone.
+        process = subprocess.Popen(
+            torchrun("-m", module, str(folder / "spec.json"), ranks=ranks),
+            stdout=sys.stderr,
+            env=job_environ(),
+            cwd=folder,
+        )
+        end = time.monotonic() + timeout_s
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(min(TICK_S, max(end - time.monotonic(), 0)))
+                tick()
+            if process.returncode is None:
+                return f"the job did not end within {timeout_s:.0f} s"
+            return f"the job ended with code {process.returncode} before this was measured"
+        except InterruptedError:
+            return INTERRUPTED
+        finally:
+            _stop(process, stop_s)
+
+    def _end(self, *_: object) -> None:
+        if not self.interrupted:
+            self.interrupted = True
+            raise InterruptedError
+
+
+class Runner(JobRunner):
+    """Runs one model at a time on this machine's first two GPUs, or on its CPU."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__()
+        self._options = options
+        self._device = device_of(options.device)
+        self.machine: dict[str, Any] = machine_card(gpus=RANKS if self._device == "cuda" else 0)
 
     def run(self, model: str, *, ceilings: bool) -> ModelResult:
         """Measure one model. Every method has a row in the end; one without numbers has the reason."""
@@ -72,7 +120,8 @@ class Runner:
             write_config(model, folder / "model")
             spec = self._spec(model, folder, results=results, ceilings=ceilings)
             (folder / "spec.json").write_bytes(msgspec.json.encode(spec))
-            ended = self._start(folder, timeout_s=START_S + SHARES * spec.max_seconds * len(spec.methods))
+            timeout_s = START_S + SHARES * spec.max_seconds * len(spec.methods)
+            ended = self.run_job("latency.job", folder, ranks=RANKS, timeout_s=timeout_s)
             result = ModelResult()
             for line in read(results):
                 result.add(line)
@@ -107,36 +156,19 @@ class Runner:
         beside = min(ENGINE_BYTES, total - 2 * weight_bytes - FREE_BYTES)
         return min((weight_bytes + max(beside, LEAST_ENGINE_BYTES)) / total, 0.92)
 
-    def _start(self, folder: Path, *, timeout_s: float) -> str:
-        """Run the job to its end; return how it ended."""
-        # Standard output is for the document alone.
-        process = subprocess.Popen(
-            torchrun("-m", "latency.job", str(folder / "spec.json"), ranks=RANKS),
-            stdout=sys.stderr,
-            env=job_environ(),
-            cwd=folder,
-        )
-        try:
-            return f"the job ended with code {process.wait(timeout_s)} before this was measured"
-        except subprocess.TimeoutExpired:
-            return f"the job did not end within {timeout_s:.0f} s"
-        except InterruptedError:
-            return "the benchmark was interrupted before this was measured"
-        finally:
-            _stop(process)
 
-    def _end(self, *_: object) -> None:
-        if not self.interrupted:
-            self.interrupted = True
-            raise InterruptedError
+def device_of(choice: str) -> str:
+    """Return "cuda" or "cpu" for the command line's choice."""
+    on_gpus = torch.cuda.device_count() > 0 if choice == "auto" else choice == "cuda"
+    return "cuda" if on_gpus else "cpu"
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _stop(process: "subprocess.Popen[bytes]", stop_s: float) -> None:
     """Terminate torchrun, which stops its ranks."""
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(STOP_S)
+            process.wait(stop_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -9,6 +9,7 @@ from latency.bench import Sample
 from latency.decode import Stop
 
 Row = dict[str, Any]
+RAW_METHODS = ("raw-broadcast", "raw-ipc")
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -70,10 +71,17 @@ def medians(records: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def with_ratios(rows: Iterable[Row]) -> list[Row]:
-    """Add each row's time divided by that of a raw broadcast of as many bytes; None if that was not measured."""
+    """Add each row's time divided by that of a raw broadcast of as many bytes; None if that was not measured.
+
+    Both are of one model and, where there are layouts, of one layout.
+    """
     rows = list(rows)
-    raw = {row["model"]: row["p50_s"] for row in rows if row["method"] == "raw-broadcast" and "p50_s" in row}
-    return [row if "error" in row else row | {"ratio_to_raw": _ratio(row, raw.get(row["model"]))} for row in rows]
+    raw = {_subject(row): row["p50_s"] for row in rows if row["method"] in RAW_METHODS and "p50_s" in row}
+    return [row if "error" in row else row | {"ratio_to_raw": _ratio(row, raw.get(_subject(row)))} for row in rows]
+
+
+def _subject(row: Row) -> tuple[str, str | None]:
+    return row["model"], row.get("layout")
 
 
 def _ratio(row: Row, raw_s: float | None) -> float | None:

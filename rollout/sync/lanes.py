@@ -176,7 +176,8 @@ class Lanes:
     def close(self) -> None:
         """Leave all groups; the next `open` makes a new plan. Idempotent."""
         _close_all(self._groups.values())
-        self._groups, self.plan, self._store = {}, None, None
+        # The sender keeps buffers, and views of the weights.
+        self._groups, self._sender, self.plan, self._store = {}, None, None, None
 
     def _host_rendezvous(self, deadline: Deadline) -> Rendezvous:
         """Rank 0: collect the workers' landing plans and publish a blueprint made of them."""

@@ -1,7 +1,6 @@
 """The command of the latency benchmark, with a stub in place of its torchrun job."""
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from latency import run
 from sync_latency import main
+from termination import terminate_when
 
 # Writes a row, as a job does that has measured one method, and then goes on until it is terminated.
 STUB = """
@@ -65,16 +65,6 @@ def test_rows_measured_before_sigterm_are_kept(stub: Path, capfd: pytest.Capture
     assert measured["method"] == "rollcast" and measured["p50_s"] > 0
     assert missing["method"] == "rpc-per-tensor" and "was interrupted" in missing["error"]
     assert json.loads(path.read_text()) == document
-
-
-def terminate_when(path: Path) -> None:
-    """Send this process SIGTERM once the file is there."""
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        if path.exists():
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("flag", "known"), [("--models", "qwen3-8b"), ("--methods", "raw-broadcast")])
