@@ -202,13 +202,19 @@ class Sharded(GatheringSource):
             yield item
 
 
-class Trainers:
-    """Trainer ranks as threads, each with a broadcaster and a connection to the job's store of its own."""
+def gathering(weights: Weights, count: int) -> list[Sharded]:
+    """The sources of so many trainer ranks, which gather the same weights together."""
+    meeting = threading.Barrier(count)
+    return [Sharded(weights, meeting) for _ in range(count)]
 
-    def __init__(self, weights: Weights, engines: Engines, *, count: int, **settings: Any) -> None:
+
+class Trainers:
+    """Trainer ranks as threads, one for each source, with a broadcaster and a connection to the job's store each."""
+
+    def __init__(self, sources: Sequence[Any], engines: Engines, **settings: Any) -> None:
         store, address = host_store("127.0.0.1", timeout_s=LONG_S)
         host, port = address.split(":")
-        meeting = threading.Barrier(count)
+        count = len(sources)
         config = RolloutConfig(
             model="",
             dtype="float32",
@@ -220,7 +226,7 @@ class Trainers:
         self._store = store
         self._engines = engines
         self._threads = ThreadPoolExecutor(count)
-        self.sources = [Sharded(weights, meeting) for _ in range(count)]
+        self.sources = sources
         pool: Any = engines
         self.broadcasters = [
             PoolBroadcaster(

@@ -6,6 +6,7 @@ Each rank is simulated in turn, with torch's "fake" process group: splitting a t
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -167,6 +168,58 @@ def test_zero3_has_an_even_share_of_the_flattened_padded_parameter() -> None:
     assert torch.equal(torch.cat(rows).view(13, 6), full)
 
 
+def zero3_param(share: torch.Tensor, **attributes: Any) -> nn.Parameter:
+    """A parameter [4, 2] as DeepSpeed has partitioned it."""
+    param = nn.Parameter(torch.empty(0))
+    for name, value in {"ds_shape": torch.Size((4, 2)), "ds_tensor": share}.items():
+        setattr(param, name, value)
+    for name, value in attributes.items():
+        setattr(share, name, value)
+    return param
+
+
+def test_zero3_parameters_that_stay_cost_nothing() -> None:
+    """The last rank's part is padded: it is shorter than `ds_tensor`."""
+    with rank_of(3, 2):
+        param = zero3_param(torch.zeros(3))
+        source = WeightSource({"w": param})
+        before = source.stable_params()
+        assert before is not None and source.statement[0].boxes == (Box((8,), (6,), (8,)),)
+        source.current_manifest()
+        assert source.stable_params() is before
+        param.ds_tensor.data = torch.ones(3)  # type: ignore[attr-defined]
+        source.current_manifest()
+        assert source.stable_params() is not before
+        ((_, (part,)),) = source.gather([0])
+        assert part.tolist() == [1.0, 1.0]
+        param.ds_tensor = torch.zeros(3)  # type: ignore[attr-defined]
+        ((_, (part,)),) = source.gather([0])
+        assert part.tolist() == [0.0, 0.0]
+
+
+class Status(Enum):
+    """As DeepSpeed's `PartitionedParamStatus`."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+
+
+def test_zero3_parts_that_cannot_be_read_are_refused_by_name() -> None:
+    with rank_of(2, 0):
+        assert WeightSource({"w": zero3_param(torch.zeros(4), status=Status.AVAILABLE)})
+        with pytest.raises(ValueError, match="w: DeepSpeed has this rank's part on NVMe"):
+            WeightSource({"w": zero3_param(torch.zeros(1), status=Status.NOT_AVAILABLE)})
+        with pytest.raises(ValueError, match="w: DeepSpeed has quantised it"):
+            WeightSource({"w": zero3_param(torch.zeros(4), ds_quant_scale=torch.ones(1))})
+
+
+def test_wrappers_without_weights_leave_no_trace_in_names() -> None:
+    """DeepSpeed's engine is one."""
+    wrapper = nn.Module()
+    wrapper.module = Net(full_weights())
+    assert [spec.name for spec in WeightSource(wrapper).manifest.specs] == list(Net(full_weights()).state_dict())
+
+
 def test_a_forward_pass_leaves_the_same_shards() -> None:
     """FSDP2's root keeps its parameters whole between forward and backward pass."""
     with rank_of(2, 1):
@@ -267,8 +320,6 @@ def test_fsdp1_has_tied_parameters_once(originals: bool) -> None:
 
 
 def test_adapters_of_flattened_models_are_refused() -> None:
-    param = nn.Parameter(torch.empty(0))
-    for name, value in {"ds_shape": torch.Size((4, 2)), "ds_tensor": torch.zeros(4)}.items():
-        setattr(param, name, value)
+    param = zero3_param(torch.zeros(4))
     with rank_of(2, 0), pytest.raises(ValueError, match="w: a peft model that FSDP1 or ZeRO-3 has flattened"):
         GatheringSource({"w": param})
