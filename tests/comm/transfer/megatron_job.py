@@ -21,10 +21,10 @@ warnings.simplefilter("ignore")
 # What only GPUs have, and Megatron asks for on CPU, too.
 torch.cuda.current_device = lambda: "cpu"  # pyright: ignore[reportAttributeAccessIssue]
 
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402  # pyright: ignore[reportMissingImports]
+from megatron.core.models.gpt import GPTModel  # noqa: E402  # pyright: ignore[reportMissingImports]
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402  # pyright: ignore[reportMissingImports]
+from megatron.core.transformer import TransformerConfig  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 2, 32, 8, 4, 16, 48
 # Megatron pads the vocabulary.

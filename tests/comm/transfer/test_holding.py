@@ -4,37 +4,21 @@ Each rank is simulated in turn, with torch's "fake" process group: splitting a t
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import Enum
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fake_ranks import rank_of
 from shards import indices
-from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rollcast.comm import Box, Holding, WeightSource
-from rollcast.comm.transfer.source import GatheringSource
 
 Full = dict[str, torch.Tensor]
-
-
-@contextmanager
-def rank_of(world: int, rank: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    # What torch caches belongs to another rank.
-    _clear_sharding_prop_cache()
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def full_weights() -> Full:
@@ -148,71 +132,6 @@ def test_fsdp1_has_ranges_of_flattened_parameters(strategy: str, originals: bool
     assert all(mark.min() >= 1 for mark in marks.values())
 
 
-def test_zero3_has_an_even_share_of_the_flattened_padded_parameter() -> None:
-    """As DeepSpeed keeps it: the parameter is empty, `ds_tensor` has this rank's share."""
-    full = torch.arange(13 * 6, dtype=torch.float32).view(13, 6)
-    share = -(-full.numel() // 4)
-    padded = torch.cat((full.flatten(), torch.full((4 * share - full.numel(),), -1.0)))
-    rows: list[torch.Tensor] = []
-    for rank in range(4):
-        with rank_of(4, rank):
-            param = nn.Parameter(torch.empty(0))
-            for name, value in {"ds_shape": full.shape, "ds_tensor": padded.split(share)[rank]}.items():
-                setattr(param, name, value)
-            source = WeightSource({"w": param})
-            assert source.manifest.specs[0].shape == (13, 6)
-            ((box,),) = (held.boxes for held in source.statement)
-            assert box == Box((78,), (rank * share,), (min(78, (rank + 1) * share),))
-            ((_, (part,)),) = source.gather([0])
-            rows.append(part)
-    assert torch.equal(torch.cat(rows).view(13, 6), full)
-
-
-def zero3_param(share: torch.Tensor, **attributes: Any) -> nn.Parameter:
-    """A parameter [4, 2] as DeepSpeed has partitioned it."""
-    param = nn.Parameter(torch.empty(0))
-    for name, value in {"ds_shape": torch.Size((4, 2)), "ds_tensor": share}.items():
-        setattr(param, name, value)
-    for name, value in attributes.items():
-        setattr(share, name, value)
-    return param
-
-
-def test_zero3_parameters_that_stay_cost_nothing() -> None:
-    """The last rank's part is padded: it is shorter than `ds_tensor`."""
-    with rank_of(3, 2):
-        param = zero3_param(torch.zeros(3))
-        source = WeightSource({"w": param})
-        before = source.stable_params()
-        assert before is not None and source.statement[0].boxes == (Box((8,), (6,), (8,)),)
-        source.current_manifest()
-        assert source.stable_params() is before
-        param.ds_tensor.data = torch.ones(3)  # type: ignore[attr-defined]
-        source.current_manifest()
-        assert source.stable_params() is not before
-        ((_, (part,)),) = source.gather([0])
-        assert part.tolist() == [1.0, 1.0]
-        param.ds_tensor = torch.zeros(3)  # type: ignore[attr-defined]
-        ((_, (part,)),) = source.gather([0])
-        assert part.tolist() == [0.0, 0.0]
-
-
-class Status(Enum):
-    """As DeepSpeed's `PartitionedParamStatus`."""
-
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-
-
-def test_zero3_parts_that_cannot_be_read_are_refused_by_name() -> None:
-    with rank_of(2, 0):
-        assert WeightSource({"w": zero3_param(torch.zeros(4), status=Status.AVAILABLE)})
-        with pytest.raises(ValueError, match="w: DeepSpeed has this rank's part on NVMe"):
-            WeightSource({"w": zero3_param(torch.zeros(1), status=Status.NOT_AVAILABLE)})
-        with pytest.raises(ValueError, match="w: DeepSpeed has quantised it"):
-            WeightSource({"w": zero3_param(torch.zeros(4), ds_quant_scale=torch.ones(1))})
-
-
 def test_wrappers_without_weights_leave_no_trace_in_names() -> None:
     """DeepSpeed's engine is one."""
     wrapper = nn.Module()
@@ -317,9 +236,3 @@ def test_fsdp1_has_tied_parameters_once(originals: bool) -> None:
             wrapped = FullyShardedDataParallel(net, use_orig_params=originals, device_id=torch.device("cpu"))
             ((box,),) = (held.boxes for held in WeightSource(wrapped).statement)
             assert box == Box((32,), (16 * rank,), (16 * rank + 16,))
-
-
-def test_adapters_of_flattened_models_are_refused() -> None:
-    param = zero3_param(torch.zeros(4))
-    with rank_of(2, 0), pytest.raises(ValueError, match="w: a peft model that FSDP1 or ZeRO-3 has flattened"):
-        GatheringSource({"w": param})

@@ -9,7 +9,7 @@ import sys
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import deepspeed
+import deepspeed  # pyright: ignore[reportMissingImports]
 import torch
 from models import build
 from torch import distributed as dist

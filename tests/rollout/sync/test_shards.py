@@ -1,23 +1,20 @@
-"""Syncs of what several ranks hold: who sends what, what is wrong on one rank is an error on all, and memory."""
+"""Syncs of what several ranks hold: who sends what, and what is wrong on one rank is an error on all."""
 
-import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from engines import Engines, Trainers
-from ranks import LONG_S, Weights
+from landed import check_landed, check_ok
+from ranks import LONG_S
 from shard_ranks import State, full_weights, refresh, shard_rows
-from sides import check_same_bytes, within
+from sides import within
 from torch import distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from rollcast.comm import Holding, SyncReport, WeightSource, host_store
+from rollcast.comm import Holding, host_store
 from rollcast.comm.agreement import Agreement
 from rollcast.rollout import RolloutConfig
 from rollcast.rollout.job.job import Job
@@ -26,33 +23,7 @@ from rollcast.rollout.protocol.messages import JoinGroup, Receive
 
 pytestmark = pytest.mark.timeout(120)
 SOON_S = 20.0
-MIB = 1 << 20
 Start = Callable[..., Trainers]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    started: list[Trainers] = []
-
-    def trainers(engines: Engines, states: list[State], **settings: Any) -> Trainers:
-        started.append(Trainers([WeightSource(state) for state in states], engines, **settings))
-        return started[-1]
-
-    yield trainers
-    for each in started:
-        each.close()
-
-
-def check_landed(engines: Engines, weights: Weights) -> None:
-    for workers in engines.workers:
-        for worker in workers:
-            parts = {name: whole.chunk(engines.size)[worker.index] for name, whole in weights.items()}
-            check_same_bytes(worker.memory.tensors, parts)
-
-
-def check_ok(results: list[Any]) -> None:
-    for report in results:
-        assert isinstance(report, SyncReport), report
 
 
 def check_refused(results: list[Any], *parts: str) -> None:
@@ -65,10 +36,10 @@ def check_refused(results: list[Any], *parts: str) -> None:
 
 @pytest.mark.parametrize("verify", ["none", "full"])
 @pytest.mark.parametrize(("count", "size"), [(2, 1), (3, 2), (4, 2)])
-def test_every_rank_sends_its_rows(start: Start, count: int, size: int, verify: str) -> None:
+def test_every_rank_sends_its_rows(start_shards: Start, count: int, size: int, verify: str) -> None:
     engines, weights = Engines(1, size), full_weights()
     states = shard_rows(weights, count)
-    trainers = start(engines, states)
+    trainers = start_shards(engines, states)
     for version in (1, 2):
         weights = full_weights(seed=version)
         refresh(states, weights)
@@ -130,21 +101,21 @@ MISTAKES: dict[str, tuple[Callable[[State], None], str, str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_of_one_rank_is_an_error_of_all_before_the_first_byte(start: Start, mistake: str) -> None:
+def test_a_mistake_of_one_rank_is_an_error_of_all_before_the_first_byte(start_shards: Start, mistake: str) -> None:
     make, message, _ = MISTAKES[mistake]
     engines, states = Engines(1, 2), shard_rows(full_weights(), 3)
     make(states[1])
     with within(SOON_S):
-        check_refused(start(engines, states).sync({"version": 1}), message)
+        check_refused(start_shards(engines, states).sync({"version": 1}), message)
     assert engines.seen == []
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_rank_that_holds_something_else_than_it_stated_is_named_on_all(start: Start, mistake: str) -> None:
+def test_a_rank_that_holds_something_else_than_it_stated_is_named_on_all(start_shards: Start, mistake: str) -> None:
     make, _, message = MISTAKES[mistake]
     engines, weights = Engines(1, 2), full_weights()
     states = shard_rows(weights, 3)
-    trainers = start(engines, states)
+    trainers = start_shards(engines, states)
     check_ok(trainers.sync({"version": 1}))
     stated = dict(states[1])
     make(states[1])
@@ -158,12 +129,12 @@ def test_a_rank_that_holds_something_else_than_it_stated_is_named_on_all(start: 
     check_landed(engines, weights)
 
 
-def test_memory_that_was_replaced_below_a_holding_is_named_on_all(start: Start) -> None:
+def test_memory_that_was_replaced_below_a_holding_is_named_on_all(start_shards: Start) -> None:
     states = shard_rows(full_weights(), 3)
     held = states[1]["p3"]
     owner = torch.nn.Parameter(held.tensor.clone())
     states[1]["p3"] = Holding(owner[:], held.shape, held.start)
-    trainers = start(Engines(1, 1), states)
+    trainers = start_shards(Engines(1, 1), states)
     check_ok(trainers.sync({"version": 1}))
     owner.data = torch.zeros_like(owner)
     results = trainers.sync({"version": 2})
@@ -217,94 +188,3 @@ def jobs_of(engines: Engines, *, ranks: int) -> Iterator[list[Job]]:
             for rank in range(ranks)
         ]
     del store
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of every storage that an operation of this thread makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {
-            each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)
-        }
-        result = func(*args, **(kwargs or {}))
-        for each in tree_leaves(result):
-            if isinstance(each, torch.Tensor) and (storage := each.untyped_storage())._cdata not in known:
-                self.sizes.append(storage.nbytes())
-        return result
-
-
-@pytest.mark.parametrize("layout", ["as they are", "strided", "cast"])
-def test_no_trainer_ever_has_more_than_two_buckets_besides_its_shards(layout: str) -> None:
-    """Of 8 MiB, in buckets of 64 KiB: all that a rank allocates in three syncs, freed or not, is two buckets."""
-    bucket_bytes = 64 << 10
-    full = {f"p{index}": torch.randn(512, 512) for index in range(8)}
-    states = shard_rows({name: each.double() if layout == "cast" else each for name, each in full.items()}, 4)
-    if layout == "strided":
-        states = [{name: strided(held) for name, held in state.items()} for state in states]
-    engines = Engines(1, 2)
-    sources = [WeightSource(state, dtype=torch.float32) for state in states]
-    trainers = Trainers(sources, engines, bucket_bytes=bucket_bytes)
-    counts = [Allocations() for _ in sources]
-
-    def sync(rank: int) -> None:
-        with counts[rank]:
-            for version in (1, 2, 3):
-                trainers.broadcasters[rank].sync(version=version)
-
-    with ThreadPoolExecutor(len(sources)) as threads:
-        list(threads.map(sync, range(len(sources))))
-    check_landed(engines, full)
-    trainers.close()
-    for count in counts:
-        large = [size for size in count.sizes if size > 1024]
-        assert sum(large) <= 2 * bucket_bytes, large
-        assert bool(large) is (layout != "as they are")
-        assert len(count.sizes) < 100
-
-
-def strided(held: Holding) -> Holding:
-    """The same in every other column of a larger tensor."""
-    wide = torch.zeros(held.tensor.shape[0], 2 * held.tensor.shape[1], dtype=held.tensor.dtype)
-    wide[:, ::2] = held.tensor
-    return Holding(wide[:, ::2], held.shape, held.start)
-
-
-@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.slow)])
-def test_repeated_syncs_leave_memory_files_and_threads_as_they_were(start: Start, count: int) -> None:
-    """Moved, verified, or as they are."""
-    engines, weights = Engines(1, 2), full_weights()
-    states = shard_rows(weights, 3)
-    trainers = start(engines, states)
-    used: dict[int, Resources] = {}
-    for version in range(1, count + 1):
-        if version % 10 == 0:
-            # As an optimizer step that replaces memory.
-            for name, held in states[1].items():
-                states[1][name] = Holding(held.tensor.clone(), held.shape, held.start)
-        check_ok(trainers.sync({"version": version, "verify": ("none", "checksum", "full")[version % 3]}))
-        engines.seen.clear()
-        if version in (count // 3, count):
-            used[version] = Resources()
-    check_landed(engines, weights)
-    before, after = used[count // 3], used[count]
-    assert (after.files, after.threads) == (before.files, before.threads)
-    assert after.tensors <= before.tensors
-    assert after.objects - before.objects < 500
-    assert after.resident_bytes - before.resident_bytes < 4 * MIB
-
-
-class Resources:
-    """What this process uses."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        process = psutil.Process()
-        self.files, self.threads = process.num_fds(), process.num_threads()
-        self.resident_bytes = process.memory_info().rss
-        objects = gc.get_objects()
-        self.objects = len(objects)
-        self.tensors = sum(issubclass(type(each), torch.Tensor) for each in objects)

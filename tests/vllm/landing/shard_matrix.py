@@ -6,8 +6,9 @@ A case is an architecture, with @2 for both ranks of two and +ep for expert para
 import random
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from local_transfer import LocalTransfer
 from rank_layouts import LAYOUTS
 from ranks import CPU, Ranks, all_results, receive, send
 
-from rollcast.comm import Holders, TransferPlan, WeightBroadcaster, WeightReceiver, WeightSource, build_transfer
+from rollcast.comm import (
+    Holders,
+    Manifest,
+    TransferPlan,
+    WeightBroadcaster,
+    WeightReceiver,
+    WeightSource,
+    build_transfer,
+)
 from rollcast.rollout.landing import LandingPlan
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
@@ -36,6 +45,8 @@ class Trial:
     sources: list[WeightSource]
     holders: Holders
     plan: TransferPlan = field(init=False)
+    stale: int = 0
+    """Tensors of all workers that were to change."""
 
 
 @dataclass
@@ -49,8 +60,32 @@ class Worker:
     """By digest of the manifest."""
 
 
+@dataclass(frozen=True)
+class Engine:
+    """vLLM's models of both checkpoints, "base" and "perturbed", as an engine of so many workers has them."""
+
+    models: LoadedModels
+    folder: Path
+    size: int
+
+    def as_rank(self, rank: int) -> AbstractContextManager[Any]:
+        return self.models.as_rank(self.folder / "base", rank=rank, size=self.size)
+
+    def workers(self, manifests: Sequence[Manifest]) -> list[Worker]:
+        """Load both models for every rank, and compile landings for all manifests."""
+        workers: list[Worker] = []
+        for rank in range(self.size):
+            load = partial(self.models.load, rank=rank, size=self.size)
+            worker = Worker(rank, load(self.folder / "base"), snapshot(load(self.folder / "perturbed")))
+            with self.as_rank(rank), torch.no_grad():
+                for manifest in {each.digest: each for each in manifests}.values():
+                    worker.plans[manifest.digest] = compile_landing(worker.model, manifest, dtype=torch.float32)
+            workers.append(worker)
+        return workers
+
+
 def compare(models: LoadedModels, case: str, folder: Path, trainers: Sequence[int]) -> dict[str, Any]:
-    """Return, by trial, the tensors that differ from a fresh load's; and the trials that had nothing to do."""
+    """Return the tensors that differ from a fresh load's, by trial, and the trials that had little to do."""
     try:
         return _compare(models, case, folder, trainers)
     finally:
@@ -64,52 +99,43 @@ def _compare(models: LoadedModels, case: str, folder: Path, trainers: Sequence[i
     base = save(model, folder / "base", memory=False)
     perturb(model)
     perturbed = save(model, folder / "perturbed", memory=False)
-    models = models.with_settings(enable_expert_parallel="ep" in tags)
     rng = random.Random(case)
     trials = [_trial(layout, perturbed, ranks, rng) for ranks in trainers for layout in LAYOUTS]
     whole = WeightSource(base).manifest
-    manifests = {each.digest: each for each in (whole, *(trial.holders.manifest for trial in trials))}
-    workers: list[Worker] = []
-    for rank in range(int(size or 1)):
-        updated, fresh = (
-            models.load(folder / which, rank=rank, size=int(size or 1)) for which in ("base", "perturbed")
-        )
-        worker = Worker(rank, updated, snapshot(fresh))
-        with models.as_rank(folder / "base", rank=rank, size=int(size or 1)), torch.no_grad():
-            for digest, manifest in manifests.items():
-                worker.plans[digest] = compile_landing(updated, manifest, dtype=torch.float32)
-        workers.append(worker)
+    engine = Engine(models.with_settings(enable_expert_parallel="ep" in tags), folder, int(size or 1))
+    workers = engine.workers([whole, *(trial.holders.manifest for trial in trials)])
     for trial in trials:
-        plans = [worker.plans[trial.holders.manifest.digest] for worker in workers]
-        trial.plan = build_transfer(
-            trial.holders,
-            {plan.digest: plan.moves for plan in plans},
-            [plan.digest for plan in plans],
-            bucket_bytes=rng.choice(BUCKET_BYTES),
-        )
+        _plan(trial, workers, bucket_bytes=rng.choice(BUCKET_BYTES))
     wrong: dict[str, list[str]] = {}
-    idle: list[str] = []
     for worker in workers:
-        with models.as_rank(folder / "base", rank=worker.rank, size=int(size or 1)), torch.no_grad():
-            reset = LocalTransfer(
-                LiveLanding(worker.plans[whole.digest], worker.model, dtype=torch.float32), list(base.values())
-            )
+        with engine.as_rank(worker.rank), torch.no_grad():
+            landing = LiveLanding(worker.plans[whole.digest], worker.model, dtype=torch.float32)
+            reset = LocalTransfer(landing, list(base.values()))
             for trial in trials:
                 reset.apply()
-                stale = different(worker.expected, snapshot(worker.model))
+                trial.stale += len(different(worker.expected, snapshot(worker.model)))
                 _sync(trial, worker)
                 if names := different(worker.expected, snapshot(worker.model)):
                     wrong[f"{trial.name}, worker {worker.rank}"] = names
-                if len(stale) <= len(perturbed) / 4 / len(workers):
-                    idle.append(trial.name)
-    senders = {trial.name: len({lane.sender for lane in trial.plan.lanes}) for trial in trials}
-    return {"trials": len(trials), "different": wrong, "idle": idle, "senders": senders}
+    return {
+        "trials": len(trials),
+        "different": wrong,
+        "idle": [trial.name for trial in trials if trial.stale <= len(base) / 4],
+        "senders": {trial.name: len({lane.sender for lane in trial.plan.lanes}) for trial in trials},
+    }
 
 
 def _trial(layout: str, weights: Tensors, ranks: int, rng: random.Random) -> Trial:
     states = LAYOUTS[layout](weights, ranks, rng)
     sources = [WeightSource(state, dtype=torch.float32) for state in states]
     return Trial(f"{layout} x {ranks}", sources, Holders.of([source.statement for source in sources]))
+
+
+def _plan(trial: Trial, workers: Sequence[Worker], *, bucket_bytes: int) -> None:
+    plans = [worker.plans[trial.holders.manifest.digest] for worker in workers]
+    landings = {plan.digest: plan.moves for plan in plans}
+    digests = [plan.digest for plan in plans]
+    trial.plan = build_transfer(trial.holders, landings, digests, bucket_bytes=bucket_bytes)
 
 
 @cache
