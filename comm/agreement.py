@@ -30,8 +30,10 @@ class Verdict(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
 class _Contribution(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
     """What one rank writes into the store."""
 
-    value: T | None
+    value: T | None = None
     """None: the rank has stopped waiting for rank 0."""
+    error: str = ""
+    """Why the rank cannot take part."""
 
 
 class Agreement:
@@ -64,6 +66,8 @@ class Agreement:
         values: list[T] = []
         for rank in range(self._size):
             contribution = self._await_contribution(topic, rank, kind, deadline)
+            if contribution.error:
+                return self._publish(topic, Verdict(error=contribution.error))
             if contribution.value is None:
                 return self._publish(topic, _late(rank, deadline))
             values.append(contribution.value)
@@ -85,6 +89,14 @@ class Agreement:
         else:
             self._publish(topic, Verdict(value=value))
 
+    def refuse(self, topic: str, error: str) -> None:
+        """Let every rank that comes to the topic, however late, have a verdict with this error. Not collective."""
+        error = f"trainer rank {self._rank}: {error}"
+        if self._rank:
+            self._put(topic, self._rank, _Contribution(error=error))
+        elif self._size > 1:
+            self._publish(topic, Verdict(error=error))
+
     def _put(self, topic: str, rank: int, contribution: _Contribution[Any]) -> None:
         self._store.set(f"{topic}/{rank}", msgspec.json.encode(contribution).decode())
 
@@ -100,7 +112,7 @@ class Agreement:
         try:
             self._store.wait([key], deadline.left(f"trainer rank {rank}"))
         except (dist.DistStoreError, TimeoutError):
-            return _Contribution(value=None)
+            return _Contribution()
         contribution = msgspec.json.decode(self._store.get(key), type=_Contribution[kind])
         self._store.delete_key(key)
         return contribution
@@ -111,7 +123,7 @@ class Agreement:
             self._store.wait([key], timedelta(seconds=deadline.left_s() + MARGIN_S))
         except dist.DistStoreError:
             # Stop taking part, so that a rank 0 that is merely late does not go on without this rank ...
-            self._put(topic, self._rank, _Contribution(value=None))
+            self._put(topic, self._rank, _Contribution())
             try:
                 self._store.wait([key], NO_WAIT)  # ... unless it just has.
             except dist.DistStoreError:

@@ -53,7 +53,8 @@ class ModuleSnapshot:
         self._sizes = list(map(len, containers))
         self._keys = list(chain.from_iterable(containers))
         self._values = list(chain.from_iterable(map(dict.values, containers)))
-        self._shards = [(value, value._local_tensor) for value in self._values if isinstance(value, DTensor)]
+        named = [(value, shard_attribute(value)) for value in self._values]
+        self._shards = [(value, name, getattr(value, name)) for value, name in named if name]
         self.tensors = list(chain.from_iterable(map(tensors_of or _local_tensors, self._values)))
         self._storage = StorageSnapshot(self.tensors)
 
@@ -68,7 +69,7 @@ class ModuleSnapshot:
             list(map(len, self._containers)) == self._sizes
             and all(map(is_, chain.from_iterable(self._containers), self._keys))
             and all(map(is_, chain.from_iterable(map(dict.values, self._containers)), self._values))
-            and all(value._local_tensor is shard for value, shard in self._shards)
+            and all(getattr(value, name) is shard for value, name, shard in self._shards)
         )
 
     def unchanged(self) -> bool:
@@ -82,7 +83,16 @@ def _local_tensors(value: object) -> list[torch.Tensor]:
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor that has this rank's elements: of a sharded tensor its shard."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    name = shard_attribute(tensor)
+    return getattr(tensor, name) if name else tensor
+
+
+def shard_attribute(value: object) -> str:
+    """Return the attribute of a sharded tensor that is this rank's shard; "" for anything else."""
+    if isinstance(value, DTensor):
+        return "_local_tensor"
+    # DeepSpeed's ZeRO-3.
+    return "ds_tensor" if getattr(value, "ds_tensor", None) is not None else ""
 
 
 def storage_id(tensor: torch.Tensor) -> int:

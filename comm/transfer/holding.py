@@ -71,7 +71,7 @@ def local_param(name: str, held: Any) -> LocalParam:
     if isinstance(held, DTensor):
         return LocalParam(tuple(held.shape), (box_of_shard(name, held),), (local_tensor(held).detach(),), held)
     if isinstance(held, torch.Tensor):
-        if flat := flat_partition(held):
+        if flat := flat_partition(name, held):
             return _stated(name, [flat], held)
         shape = tuple(held.shape)
         return LocalParam(shape, (Box.whole(shape),), (held.detach(),), held)
@@ -142,14 +142,20 @@ def box_of_shard(name: str, tensor: DTensor) -> Box:
     return box
 
 
-def flat_partition(param: torch.Tensor) -> Holding | None:
+def flat_partition(name: str, param: torch.Tensor) -> Holding | None:
     """Return this rank's part of a parameter that DeepSpeed's ZeRO-3 has partitioned; None for any other tensor.
 
-    ZeRO-3 empties the parameter and keeps an even share of its flattened, padded elements in `ds_tensor`.
+    ZeRO-3 empties the parameter and keeps an even share of its flattened, padded elements in `ds_tensor`. Raises
+    `ValueError` for a part that is not in memory, or quantised.
     """
-    share = getattr(param, "ds_tensor", None)
+    share: Any = getattr(param, "ds_tensor", None)
     if share is None:
         return None
+    # `PartitionedParamStatus` of DeepSpeed, which is not imported.
+    if getattr(getattr(share, "status", None), "name", "AVAILABLE") != "AVAILABLE":
+        raise ValueError(f"{name}: DeepSpeed has this rank's part on NVMe: only parameters in memory can be sent")
+    if hasattr(share, "ds_quant_scale"):
+        raise ValueError(f"{name}: DeepSpeed has quantised it (zero_quantized_nontrainable_weights): it cannot be sent")
     shape, numel = tuple(param.ds_shape), prod(param.ds_shape)  # pyright: ignore[reportAttributeAccessIssue]
     rank = dist.get_rank(getattr(param, "ds_process_group", None))
     start = min(rank * share.numel(), numel)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rollcast.comm.device.storage import ModuleSnapshot, StorageSnapshot, tensor_id
+from rollcast.comm.device.storage import ModuleSnapshot, StorageSnapshot, storage_id, tensor_id
 from rollcast.comm.plan.box import Box
 from rollcast.comm.plan.holders import HeldParam
 from rollcast.comm.plan.manifest import Manifest, ParamSpec
@@ -234,7 +234,7 @@ def state_of(weights: Weights) -> Iterator[tuple[str, Any]]:
     if isinstance(weights, Mapping):
         yield from weights.items()
         return
-    module: nn.Module = weights.module if isinstance(weights, nn.parallel.DistributedDataParallel) else weights
+    module = unwrap(weights)
     state = fsdp1_state(module)
     for name, held in (module.state_dict(keep_vars=True) if state is None else state).items():
         yield plain_name(name), held
@@ -246,13 +246,12 @@ def plain_name(name: str) -> str:
 
 
 def unwrap(module: nn.Module) -> Any:
-    """Return the model that DDP or torch.compile wraps."""
-    while True:
-        inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else None
-        inner = getattr(module, "_orig_mod", None) if inner is None else inner
-        if inner is None:
-            return module
+    """Return the model inside wrappers that have no weights of their own: DDP, DeepSpeed's engine, torch.compile."""
+    while [*module._modules] in (["module"], ["_orig_mod"]) and not module._parameters and not module._buffers:
+        (inner,) = module._modules.values()
+        assert inner is not None
         module = inner
+    return module
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -275,8 +274,13 @@ def _take_snapshot(
         snapshot = ModuleSnapshot([weights], tensors_of=tensors_of)
     else:
         return None, []
-    by_id: dict[object, list[torch.Tensor]] = defaultdict(list)
+    at: dict[object, list[torch.Tensor]] = defaultdict(list)
     for tensor in snapshot.tensors:
-        by_id[tensor_id(tensor)].append(tensor)
-    owners = [[owner for each in param.tensors for owner in by_id.get(tensor_id(each), [])] for param in params]
+        at[_position(tensor)].append(tensor)
+    owners = [[owner for each in param.tensors for owner in at.get(_position(each), [])] for param in params]
     return (snapshot, owners) if all(owners) else (None, [])
+
+
+def _position(tensor: torch.Tensor) -> object:
+    """Return where a tensor begins. (An alias may be shorter than its owner, which is padded.)"""
+    return storage_id(tensor), tensor.storage_offset()

@@ -24,7 +24,7 @@ from rollcast.rollout.orchestrator.generation import Batch
 from rollcast.rollout.pool import Pool
 from rollcast.rollout.pool.dispatcher import DeterministicRequests
 from rollcast.rollout.protocol.registry import EngineRegistry, RankInfo
-from rollcast.rollout.sync import PoolBroadcaster
+from rollcast.rollout.sync import PoolBroadcaster, refuse_first_sync
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ class Job:
     _agreement: Agreement | None
     _stack: ExitStack
     _broadcasters: list[PoolBroadcaster] = field(default_factory=list)
+    # Those that could not be made count, too: the ranks must stay in step.
+    _broadcaster_numbers: Iterator[int] = field(default_factory=itertools.count)
     _orchestrators: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -80,26 +82,34 @@ class Job:
 
         Not collective, but every trainer rank needs one to take part in its syncs. An earlier broadcaster of this job
         is closed: the engines belong to one group at a time. `transport`: None, as configured. Raises `ValueError`
-        for adapters that engines would compute differently, and names them.
+        for weights that cannot be sent, and for adapters that engines would compute differently, and names them; the
+        other ranks' first sync then raises it, too.
         """
         pool, agreement = self.pool, self._agreement
         assert agreement is not None
         if not self.config.trainer_gpus and self.config.resolved_device() == "cuda":
             raise ValueError("trainers without GPUs (trainer_gpus=False) cannot send weights to engines that have some")
-        broadcaster = PoolBroadcaster(
-            open_source(
+        name = f"sync/{next(self._broadcaster_numbers)}"
+        try:
+            source = open_source(
                 weights,
                 adapters=self.config.lora_rank is not None,
                 adapter=adapter,
                 dtype=self.config.torch_dtype(),
-            ),
+            )
+        except Exception as error:
+            # The other ranks' first sync would wait for this rank.
+            refuse_first_sync(agreement, name, error)
+            raise
+        broadcaster = PoolBroadcaster(
+            source,
             pool,
             agreement,
             config=replace(self.config, transport=transport or self.config.transport),
             ranks=self.ranks,
             rank=self.world.rank,
             host=reachable_host(self.world.master_addr),
-            name=f"sync/{len(self._broadcasters)}",
+            name=name,
             version=self._broadcasters[-1].version if self._broadcasters else 0,
         )
         if self._broadcasters:

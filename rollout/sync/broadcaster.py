@@ -13,7 +13,7 @@ from rollcast.rollout.config import RolloutConfig, SyncOptions
 from rollcast.rollout.pool import Pool
 from rollcast.rollout.protocol.registry import RankInfo
 from rollcast.rollout.sync.lanes import Lanes
-from rollcast.rollout.sync.session import SyncSession
+from rollcast.rollout.sync.session import SyncSession, start_topic
 
 
 class PoolBroadcaster:
@@ -119,6 +119,11 @@ class PoolBroadcaster:
         """Leave the lanes' groups. Idempotent; `sync` is not possible afterwards."""
         self.closed = True
         self._lanes.close()
+
+
+def refuse_first_sync(agreement: Agreement, name: str, error: Exception) -> None:
+    """Let the other ranks' first sync of the broadcaster `name` raise `ValueError`: this rank could not make it."""
+    agreement.refuse(start_topic(f"{name}/1"), f"these weights cannot be sent: {error}")
 
 
 class GpuWatch:

@@ -208,9 +208,11 @@ class Lanes:
             pending: list[Future[Any]] = [*joining.values(), own]
             wait(pending, timeout=deadline.left_s(), return_when=FIRST_EXCEPTION)
             collect({engine: reply for engine, reply in joining.items() if reply.done()})
-            if not own.done():
+            missing = [engine for engine, reply in joining.items() if not reply.done()]
+            # The groups' own deadline may be over a moment before this one.
+            timed_out = own.done() and isinstance(own.exception(), TimeoutError | dist.DistStoreError)
+            if not own.done() or (timed_out and missing):
                 text = f"did not join the weight group at {address} in time"
-                missing = [engine for engine, reply in joining.items() if not reply.done()]
                 failures = [Failure(text=text, engine=engine, phase="join") for engine in missing]
                 raise EngineError(f"a worker {text}" if not missing else "", failures=failures)
             self._groups = own.result()

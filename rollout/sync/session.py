@@ -129,7 +129,7 @@ class SyncSession:
         weights = f"weights {f'that changed: {change}' if change else 'as before'}{self._source.settings}"
         call = f"version {self._version} after {self._served_version}, {kind}, {weights}"
         deadline = Deadline(self._config.trainer_timeout_s)
-        verdict = self._agreement.decide(f"{self._topic}/plan", call, unanimous, deadline=deadline)
+        verdict = self._agreement.decide(start_topic(self._topic), call, unanimous, deadline=deadline)
         if verdict.late_rank is not None:
             raise SyncError(
                 f"sync of version {self._version} did not start: {verdict.error} (trainer_timeout_s)",
@@ -271,3 +271,8 @@ class SyncSession:
 
     def _agree(self, step: str, outcome: StepOutcome, budget: TimeBudget) -> StepOutcome:
         return agree_on(self._agreement, f"{self._topic}/{step}", outcome, deadline=budget.total)
+
+
+def start_topic(topic: str) -> str:
+    """Return the topic of the first agreement of the attempt `topic`."""
+    return f"{topic}/plan"

@@ -167,3 +167,14 @@ def test_a_wait_on_a_spent_deadline_names_the_rank(ranks: Ranks) -> None:
     time.sleep(0.02)
     verdict = ranks.agreements[0].decide("topic", "value", "".join, deadline=deadline)
     assert verdict == Verdict(error="trainer rank 0 did not come within 0.01 s", late_rank=0)
+
+
+@pytest.mark.parametrize("refusing", range(SIZE))
+def test_a_rank_that_refuses_is_the_verdict_of_all_others(ranks: Ranks, refusing: int) -> None:
+    """Whoever comes later; the next topic is as if nothing had been."""
+    ranks.agreements[refusing].refuse("a", "no weights")
+    others = [rank for rank in range(SIZE) if rank != refusing]
+    started = [ranks.start(decide, rank, "a", "x") for rank in others]
+    expected = Verdict[str](error=f"trainer rank {refusing}: no weights")
+    assert [future.result(LONG_S) for future in started] == [expected, expected]
+    assert ranks.decide("b", ["1", "2", "3"]) == [Verdict(value="1|2|3")] * SIZE

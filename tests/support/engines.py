@@ -202,14 +202,20 @@ class Sharded(GatheringSource):
             yield item
 
 
-class Trainers:
-    """Trainer ranks as threads, each with a broadcaster and a connection to the job's store of its own."""
+def gathering(weights: Weights | Sequence[Weights], count: int) -> list[Sharded]:
+    """The sources of so many trainer ranks, which gather together: the same weights, or each its own."""
+    meeting = threading.Barrier(count)
+    of_ranks = [*weights] if isinstance(weights, Sequence) else [weights] * count
+    return [Sharded(of_rank, meeting) for of_rank in of_ranks]
 
-    def __init__(self, weights: Weights | Sequence[Weights], engines: Engines, *, count: int, **settings: Any) -> None:
-        """`weights` are those of all ranks, or of each."""
+
+class Trainers:
+    """Trainer ranks as threads, one for each source, with a broadcaster and a connection to the job's store each."""
+
+    def __init__(self, sources: Sequence[Any], engines: Engines, **settings: Any) -> None:
         store, address = host_store("127.0.0.1", timeout_s=LONG_S)
         host, port = address.split(":")
-        meeting = threading.Barrier(count)
+        count = len(sources)
         config = RolloutConfig(
             model="",
             dtype="float32",
@@ -221,8 +227,7 @@ class Trainers:
         self._store = store
         self._engines = engines
         self._threads = ThreadPoolExecutor(count)
-        of_ranks = [*weights] if isinstance(weights, Sequence) else [weights] * count
-        self.sources = [Sharded(of_rank, meeting) for of_rank in of_ranks]
+        self.sources = sources
         pool: Any = engines
         self.broadcasters = [
             PoolBroadcaster(

@@ -1,24 +1,11 @@
 """The examples of docs/sharded-trainers.md state what Megatron's ranks hold."""
 
-import re
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
+from examples import example
 from shards import indices
 
 from rollcast.comm import Holders, Holding, WeightSource
-
-TEXT = (Path(__file__).parents[3] / "docs" / "sharded-trainers.md").read_text()
-
-
-def example(name: str, function: str) -> Any:
-    """The function that a code block defines."""
-    (code,) = re.findall(rf"```python {name}\n(.*?)```", TEXT, re.DOTALL)
-    scope: dict[str, Any] = {"Holding": Holding}
-    exec(code, scope)
-    return scope[function]
 
 
 def check(states: list[dict[str, Holding]], full: dict[str, torch.Tensor]) -> None:
@@ -63,3 +50,15 @@ def test_gate_and_up_projection(ranks: int) -> None:
         for rank, parts in enumerate(zip(gate.chunk(ranks), up.chunk(ranks), strict=True))
     ]
     check(states, {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up})
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_padded_vocabulary(ranks: int) -> None:
+    full = torch.randn(9, 3)
+    padded = torch.cat((full, torch.zeros(7, 3)))
+    vocabulary_holding = example("vocabulary", "vocabulary_holding")
+    states = [
+        {"embed.weight": vocabulary_holding(part, rank=rank, vocabulary=9)}
+        for rank, part in enumerate(padded.chunk(ranks))
+    ]
+    check(states, {"embed.weight": full})

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from engines import Engines, Trainers
+from engines import Engines, Trainers, gathering
 from ranks import Weights
 from sides import check_same_bytes, within
 from torch import distributed as dist
@@ -33,8 +33,8 @@ Start = Callable[..., Trainers]
 def start() -> Iterator[Start]:
     started: list[Trainers] = []
 
-    def trainers(engines: Engines, weights: Weights | list[Weights], **settings: Any) -> Trainers:
-        started.append(Trainers(weights, engines, **{"count": 2} | settings))
+    def trainers(engines: Engines, weights: Weights | list[Weights], *, count: int = 2, **settings: Any) -> Trainers:
+        started.append(Trainers(gathering(weights, count), engines, **settings))
         return started[-1]
 
     yield trainers

@@ -20,6 +20,7 @@ os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_
 
 import architecture_matrix
 import lora_matrix
+import shard_matrix
 import torch
 from architectures import MOE, build
 from loaded_models import LoadedModels
@@ -68,6 +69,10 @@ def architecture(case: str) -> dict[str, Any]:
     return architecture_matrix.compare(models(), case, FOLDER / "architectures")
 
 
+def shards(case: str, trainers: list[int]) -> dict[str, Any]:
+    return shard_matrix.compare(models(), case, FOLDER / "shards", trainers)
+
+
 def adapter(case: str) -> dict[str, Any]:
     models()
     return lora_matrix.compare(models(**lora_matrix.SETTINGS), case, FOLDER / "adapters" / case)
@@ -85,6 +90,7 @@ def command(arguments: list[str]) -> dict[str, Any]:
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "architecture": architecture,
     "adapter": adapter,
+    "shards": shards,
     "command": command,
     "lands": lambda case: odd_loaders().lands(case),
     "refused": lambda case, parameter: odd_loaders().refused(case, parameter),
