@@ -87,12 +87,7 @@ class Job:
         if not self.config.trainer_gpus and self.config.resolved_device() == "cuda":
             raise ValueError("trainers without GPUs (trainer_gpus=False) cannot send weights to engines that have some")
         broadcaster = PoolBroadcaster(
-            open_source(
-                weights,
-                adapters=self.config.lora_rank is not None,
-                adapter=adapter,
-                dtype=self.config.torch_dtype(),
-            ),
+            open_source(weights, adapters=self.config.lora_rank is not None, adapter=adapter),
             pool,
             agreement,
             config=replace(self.config, transport=transport or self.config.transport),
