@@ -72,7 +72,7 @@ def main() -> None:
 
 def measure(models: LoadedModels, name: str, folder: Path, repeats: int) -> dict[str, Any]:
     """Measure one model and return its row."""
-    manifest = with_single_experts(checkpoint_manifest(folder, dtype=DTYPE))
+    manifest = with_single_experts(checkpoint_manifest(folder))
     model = models.load(folder)
     sources = [torch.empty(spec.shape, dtype=spec.dtype).normal_(std=0.02) for spec in manifest.specs]
     flat = torch.empty(manifest.nbytes, dtype=torch.uint8).random_()

@@ -76,7 +76,8 @@ class RolloutConfig:
     device: str = "auto"
     """"cpu", "cuda", or "auto": CUDA where torch sees a GPU."""
     dtype: str = "auto"
-    """Dtype of the engines and of floating-point weights on the wire; "auto": the dtype in config.json."""
+    """Dtype of the engines; "auto": the dtype in config.json. On the wire, a weight has the dtype of what it lands in,
+    or the trainer's where that is narrower."""
     max_model_len: int | None = None
     """Longest prompt plus completion, in tokens. None: the limit in config.json."""
     load_format: str = "auto"
@@ -195,7 +196,7 @@ class RolloutConfig:
         return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
     def resolved_dtype(self) -> str:
-        """Return the name of the torch dtype of the engines and of the wire."""
+        """Return the name of the torch dtype of the engines."""
         if self.dtype != "auto":
             return self.dtype
         config = self.model_config()

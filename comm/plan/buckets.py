@@ -20,7 +20,7 @@ class Move:
     param: int
     """Index into the manifest."""
     source: Region
-    """Region of a contiguous tensor of the parameter's shape and wire dtype."""
+    """Region of a contiguous tensor of the parameter's shape and of the dtype on the wire, which the worker chooses."""
     target: str
     """The worker's name of the tensor."""
     region: Region

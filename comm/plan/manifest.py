@@ -1,4 +1,4 @@
-"""Name, shape and wire dtype of every weight that a sync sends, in order (both sides)."""
+"""Name, shape and dtype of every weight that a sync sends, in order (both sides)."""
 
 import hashlib
 import json
@@ -11,11 +11,12 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """Name, shape and wire dtype of one checkpoint parameter, as the trainer names it."""
+    """Name, shape and dtype of one checkpoint parameter, as the trainer names it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    """In a trainer's manifest, its own; in those of plans, that of the wire."""
 
     @property
     def numel(self) -> int:

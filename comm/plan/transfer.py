@@ -8,8 +8,10 @@ become buckets; a bucket is one grouped collective.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+
+import torch
 
 from rollcast.comm.device.storage import ALIGN_BYTES
 from rollcast.comm.plan.buckets import Bucket, Message, Move, fill_buckets
@@ -71,6 +73,7 @@ class TransferPlan:
     """Every lane of a sync. All trainer ranks hold equal plans; a worker holds its own lanes only."""
 
     manifest: Manifest
+    """The trainer's parameters, in the dtypes in which they travel; where workers differ, in the widest."""
     order: tuple[int, ...]
     """Parameters (indices into the manifest) in the order in which they are sent."""
     lanes: tuple[Lane, ...]
@@ -105,7 +108,8 @@ def build_transfer(
     `paired`, each worker has lanes of its own, and the trainer rank of its number sends it all that it holds. Raises
     `ValueError` naming the first parameter that no worker keeps.
     """
-    manifest = holders.manifest
+    manifest = wire_manifest(holders.manifest, landings.values())
+    holders = replace(holders, manifest=manifest)
     kept = {move.param for moves in landings.values() for move in moves}
     for index, spec in enumerate(manifest.specs):
         if index not in kept and spec.numel:
@@ -142,6 +146,18 @@ def _receivers(
     shares = holders.shares()
     for digest in landings:
         yield digest, [worker for worker, kind in enumerate(workers) if kind == digest], shares
+
+
+def wire_manifest(manifest: Manifest, landings: Iterable[Sequence[Move]]) -> Manifest:
+    """Return the trainer's manifest with the dtype in which each parameter travels, the widest of all moves."""
+    dtypes: dict[int, torch.dtype] = {}
+    for moves in landings:
+        for move in moves:
+            known = dtypes.get(move.param)
+            if known is None or known.itemsize < move.source.dtype.itemsize:
+                dtypes[move.param] = move.source.dtype
+    specs = enumerate(manifest.specs)
+    return Manifest(tuple(replace(spec, dtype=dtypes.get(index, spec.dtype)) for index, spec in specs))
 
 
 def memory_order(landings: Iterable[Sequence[Move]]) -> tuple[int, ...]:

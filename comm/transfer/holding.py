@@ -28,8 +28,8 @@ class Holding:
     """
 
     tensor: torch.Tensor
-    """The elements, of the wire dtype or one that is cast to it; on any device, with any strides. Views are read when
-    the weights are sent, so one local tensor may hold parts of several parameters."""
+    """The elements, on any device, with any strides, and of the same dtype on all ranks. Views are read when the
+    weights are sent, so one local tensor may hold parts of several parameters."""
     shape: Sequence[int]
     """Shape of the full parameter, as in the checkpoint."""
     start: Sequence[int]

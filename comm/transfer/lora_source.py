@@ -66,15 +66,15 @@ class LoraLayer:
 class AdapterSource(GatheringSource):
     """lora_A and lora_B of a peft model, under peft's checkpoint names; lora_B is multiplied by the scaling.
 
-    source = AdapterSource(peft_model, dtype=torch.bfloat16)        # a `WeightSource`
+    source = AdapterSource(peft_model)        # a `WeightSource`
 
     Raises `ValueError` for adapters that need more than A and B, or whose base weights differ from the checkpoint's.
     """
 
-    def __init__(self, model: nn.Module, *, adapter: str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, *, adapter: str | None = None) -> None:
         self._layers = lora_layers(model, adapter=adapter, merged=False)
         self._scaled: dict[str, LoraLayer] = {f"{layer.name}.lora_B.weight": layer for layer in self._layers}
-        super().__init__(model, dtype=dtype)
+        super().__init__(model)
 
     @property
     def settings(self) -> str:
@@ -99,10 +99,10 @@ class MergedSource(GatheringSource):
     at a time. Raises `ValueError` for adapters that need more than A and B.
     """
 
-    def __init__(self, model: nn.Module, *, adapter: str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, *, adapter: str | None = None) -> None:
         layers = lora_layers(model, adapter=adapter, merged=True)
         self._merged = {base_name(f"{layer.name}.base_layer.weight"): layer for layer in layers}
-        super().__init__(model, dtype=dtype)
+        super().__init__(model)
 
     def current_manifest(self) -> Manifest:
         """See `WeightSource.current_manifest`. Raises `ValueError` when peft itself has merged an adapter."""
@@ -124,9 +124,7 @@ class MergedSource(GatheringSource):
         return named
 
 
-def open_source(
-    weights: Weights, *, adapters: bool, adapter: str | None = None, dtype: torch.dtype | None = None
-) -> WeightSource:
+def open_source(weights: Weights, *, adapters: bool, adapter: str | None = None) -> WeightSource:
     """Make the source for `weights`, and for engines that take LoRA adapters (`adapters`) or full weights.
 
     A peft model's adapter is merged for engines that take full weights. `adapter` names the one to send, if the peft
@@ -134,13 +132,13 @@ def open_source(
     """
     if isinstance(weights, nn.Module) and hasattr(unwrap(weights), "peft_config"):
         source = AdapterSource if adapters else MergedSource
-        return source(weights, adapter=adapter, dtype=dtype)
+        return source(weights, adapter=adapter)
     if adapters:
         raise ValueError(
             "engines with lora_rank keep their base weights and take adapters: pass the peft model, or start the "
             "engines without lora_rank to send full weights"
         )
-    return WeightSource(weights, dtype=dtype)
+    return WeightSource(weights)
 
 
 def lora_layers(model: nn.Module, *, adapter: str | None, merged: bool) -> list[LoraLayer]:

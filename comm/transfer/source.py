@@ -37,15 +37,16 @@ class LocalFormat:
 class WeightSource:
     """The trainer's weights: what this rank holds of each, in manifest order.
 
-        source = WeightSource(model, dtype=torch.bfloat16)
+        source = WeightSource(model)
         for param, parts in source.gather(order):         # this rank's tensors of manifest.specs[param]
             ...
 
     Takes an `nn.Module` (plain, DDP, compiled, or sharded: FSDP2, HSDP, tensor parallel, FSDP1, DeepSpeed ZeRO-3) or a
     state dict of tensors, `DTensor`s and `Holding`s, which need not list the parameters of other ranks. Nothing is
     gathered. Parameters and persistent buffers are sent; a tensor that has two names (tied weights) is sent once, under
-    the first. `dtype` is the wire dtype of all floating-point tensors (fp32 masters are cast while packing); None sends
-    them as they are. Raises `ValueError` for weights that cannot be sent.
+    the first. The manifest states the trainer's own dtypes, and each worker's plan the dtype in which it receives a
+    tensor (fp32 masters are cast while packing). With `dtype`, the manifest states that of all floating-point tensors.
+    Raises `ValueError` for weights that cannot be sent.
     """
 
     def __init__(self, weights: Weights, *, dtype: torch.dtype | None = None) -> None:

@@ -102,7 +102,7 @@ HELP = {
     "tensor_parallel_size": "ranks of one engine",
     "parallel": "how several trainers share the model",
     "device": "where everything runs; auto: CUDA if there is a GPU",
-    "dtype": "of the engines and the wire (trainers keep float32); auto: what config.json says",
+    "dtype": "of the engines (trainers keep float32); auto: what config.json says",
     "max_model_len": "longest prompt plus completion in tokens; default: what config.json says",
     "steps": "optimizer steps; each ends with a sync",
     "prompts_per_step": "prompts drawn for a step, over all trainers",

@@ -91,12 +91,7 @@ class Job:
             raise ValueError("trainers without GPUs (trainer_gpus=False) cannot send weights to engines that have some")
         name = f"sync/{next(self._broadcaster_numbers)}"
         try:
-            source = open_source(
-                weights,
-                adapters=self.config.lora_rank is not None,
-                adapter=adapter,
-                dtype=self.config.torch_dtype(),
-            )
+            source = open_source(weights, adapters=self.config.lora_rank is not None, adapter=adapter)
         except Exception as error:
             # The other ranks' first sync would wait for this rank.
             refuse_first_sync(agreement, name, error)

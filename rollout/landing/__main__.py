@@ -92,7 +92,7 @@ def overview(folder: str, *, size: int, dtype: str, bucket_bytes: int, expert_pa
     torch_dtype: torch.dtype = getattr(torch, dtype)
     settings = missing_architecture(folder) | ({"enable_expert_parallel": True} if expert_parallel else {})
     models = OfflineModels(folder, dtype=dtype, load_format="dummy", **settings)
-    manifest = checkpoint_manifest(folder, dtype=torch_dtype)
+    manifest = checkpoint_manifest(folder)
     plans: list[LandingPlan] = []
     problems: list[str] = []
     for rank in range(size):
@@ -166,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="PATH", help="folder of a Hugging Face model (config.json)")
     add("--tensor-parallel-size", type=int, default=1, metavar="K", help="workers of the engine (default 1)")
     add("--enable-expert-parallel", action="store_true", help="split whole experts over the workers")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of engine and wire (default: config.json's)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the engine (default: config.json's)")
     add("--bucket-bytes", type=int, default=RolloutConfig.bucket_bytes, metavar="N", help="bytes of one broadcast")
     add("--cpu-weights", choices=CPU_WEIGHTS, default=CPU_WEIGHTS[0], help="layout of linear weights on CPU")
     add("--json", action="store_true", help="print one JSON object, as the last line, instead of tables")

@@ -19,11 +19,12 @@ from rollcast.comm import Manifest, Move, Region
 from rollcast.comm.device.storage import tensor_id
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.coverage import ElementSet
+from rollcast.rollout.landing.dtypes import assumed_manifest, landed_manifest
 from rollcast.rollout.landing.plan import Fill, LandingPlan, Stage, Target, input_name
 from rollcast.rollout.landing.post_load import derived_attention, staged_modules
 from rollcast.rollout.landing.recorder import Recorder
 from rollcast.rollout.landing.tape import Op, Ref, mark_transforms
-from rollcast.rollout.landing.vllm_reload import live_tensors, load_format
+from rollcast.rollout.landing.vllm_reload import LoadFormat, live_tensors, load_format
 
 Loader = Callable[[Iterator[tuple[str, torch.Tensor]]], Any]
 
@@ -31,22 +32,23 @@ Loader = Callable[[Iterator[tuple[str, torch.Tensor]]], Any]
 def compile_landing(model: Any, manifest: Manifest, *, dtype: torch.dtype) -> LandingPlan:
     """Return the plan of one vLLM worker for its model as it is. `dtype` is the engine's.
 
-    The model's weights are not touched, and it can go on serving. All workers of an engine call it (some of
-    vLLM's processing is collective). Raises `LandingError` for a loader that cannot be followed.
+    `manifest` states the trainer's own dtypes; that of the plan has those of the wire. The model's weights are not
+    touched, and it can go on serving. All workers of an engine call it (some of vLLM's processing is collective).
+    Raises `LandingError` for a loader that cannot be followed.
     """
-    with load_format(model) as formats:
-        before = {name: tensor_id(tensor) for name, tensor in formats.tensors.items()}
-        recording = record(model.load_weights, formats.tensors, manifest)
-        rebound = [name for name, tensor in before.items() if _registered_id(model, name) != tensor]
+    run = _run_loader(model, assumed_manifest(manifest, dtype))
+    landed = landed_manifest(manifest, run.recording.landing_dtypes())
+    if landed != run.manifest:
+        run = _run_loader(model, landed)
     plan = assemble(
-        recording,
-        formats.tensors,
-        manifest,
-        staged=staged_modules(model, formats),
-        parameters=formats.parameters,
-        shared=formats.shared,
+        run.recording,
+        run.formats.tensors,
+        run.manifest,
+        staged=staged_modules(model, run.formats),
+        parameters=run.formats.parameters,
+        shared=run.formats.shared,
     )
-    refused = [f"{name}: its loader puts another tensor in its place" for name in rebound]
+    refused = [f"{name}: its loader puts another tensor in its place" for name in run.rebound]
     refused += _misplaced(model, plan)
     return replace(plan, attention=tuple(derived_attention(model, dtype)), refused=tuple(refused))
 
@@ -79,6 +81,43 @@ class Recording:
                     chosen.add(index)
                     wanted += [("temp", ref.key, index) for ref in self.ops[index].reads() if ref.kind == "temp"]
         return [self.ops[index] for index in sorted(chosen)]
+
+    def landing_dtypes(self) -> dict[int, set[torch.dtype]]:
+        """Return the dtypes of the live tensors that get each parameter's values, or what is computed of them."""
+        dtypes: dict[int, set[torch.dtype]] = defaultdict(set)
+        # Tensor that an operation has made or changed -> the parameters that it has values of.
+        origins: dict[tuple[str, int | str], set[int]] = defaultdict(set)
+        for op in self.ops:
+            params: set[int] = set()
+            for ref in op.reads():
+                params |= {int(ref.key)} if ref.kind == "source" else origins[ref.kind, ref.key]
+            for ref in (op.target, *op.results):
+                if ref is not None:
+                    origins[ref.kind, ref.key] |= params
+            if op.target is not None and op.target.kind == "live":
+                for param in params:
+                    dtypes[param].add(op.target.region.dtype)
+        return dtypes
+
+
+@dataclass(frozen=True)
+class _LoaderRun:
+    """One run of a model's loader."""
+
+    manifest: Manifest
+    recording: Recording
+    formats: LoadFormat
+    rebound: list[str]
+    """Names under which it has put another tensor."""
+
+
+def _run_loader(model: Any, manifest: Manifest) -> _LoaderRun:
+    """Record what the model's loader does with parameters of the manifest's dtypes."""
+    with load_format(model) as formats:
+        before = {name: tensor_id(tensor) for name, tensor in formats.tensors.items()}
+        recording = record(model.load_weights, formats.tensors, manifest)
+        rebound = [name for name, tensor in before.items() if _registered_id(model, name) != tensor]
+    return _LoaderRun(manifest, recording, formats, rebound)
 
 
 def record(load_weights: Loader, targets: Mapping[str, torch.Tensor], manifest: Manifest) -> Recording:

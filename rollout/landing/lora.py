@@ -15,6 +15,7 @@ from rollcast.comm import Manifest, ParamSpec, VerifyError
 from rollcast.comm.device.storage import flat_bytes
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.compiler import assemble, record
+from rollcast.rollout.landing.dtypes import landed_manifest
 from rollcast.rollout.landing.plan import LandingPlan, Target
 from rollcast.rollout.landing.tape import replay
 from rollcast.rollout.lora import adapter_id
@@ -110,11 +111,15 @@ def stacks(model: Any) -> dict[str, torch.Tensor]:
 def compile_adapter(model: Any, manifest: Manifest) -> LandingPlan:
     """Return the plan of one worker for one slot. The slots are not touched. Not collective.
 
-    Raises `LandingError` with the parameters that vLLM has no slot for, and what to do.
+    `manifest` states the trainer's own dtypes; that of the plan has those of the wire. Raises `LandingError` with the
+    parameters that vLLM has no slot for, and what to do.
     """
     manager = model.lora_manager
     pairs = _pairs(manifest, model)
     _check(pairs, manager)
+    # vLLM gives all stacks one dtype.
+    dtypes = {stack.dtype for stack in stacks(model).values()}
+    manifest = landed_manifest(manifest, dict.fromkeys(range(len(manifest.specs)), dtypes))
     try:
         with _one_meta_slot(manager) as targets:
             recording = record(lambda weights: _load(pairs, dict(weights), manager), targets, manifest)

@@ -113,16 +113,14 @@ def missing_architecture(folder: str | Path) -> dict[str, Any]:
     return {"hf_overrides": {"architectures": [known[type(config)].__name__]}}
 
 
-def checkpoint_manifest(folder: str | Path, *, dtype: torch.dtype | None = None) -> Manifest:
+def checkpoint_manifest(folder: str | Path) -> Manifest:
     """Return what a trainer of this folder's model would send: from its weight files, or from config.json alone.
 
-    `dtype` replaces that of all floating-point parameters. Raises `PreflightError` for files that cannot be read.
+    Raises `PreflightError` for files that cannot be read.
     """
     files = _weight_files(Path(folder))
     specs = _specs_of_files(files) if files else _specs_of_config(folder)
-    return Manifest(
-        tuple(ParamSpec(name, shape, dtype if dtype and own.is_floating_point else own) for name, shape, own in specs)
-    )
+    return Manifest(tuple(ParamSpec(name, shape, dtype) for name, shape, dtype in specs))
 
 
 def _initialize(config: Any, what: str) -> Any:

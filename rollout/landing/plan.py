@@ -18,6 +18,7 @@ import torch
 
 from rollcast.comm import Manifest, Move, Region
 from rollcast.rollout.landing.coverage import MissingParameters, coverage
+from rollcast.rollout.landing.dtypes import number_kind
 from rollcast.rollout.landing.tape import Op, Ref, from_plain, to_plain
 
 
@@ -81,6 +82,7 @@ class LandingPlan:
     """
 
     manifest: Manifest
+    """The trainer's parameters, in the dtypes in which this worker receives them."""
     targets: tuple[Target, ...]
     moves: tuple[Move, ...]
     fills: tuple[Fill, ...] = ()
@@ -153,7 +155,7 @@ class LandingPlan:
         """Describe moves between kinds of numbers: vLLM's loaders cast silently, and garbage comes out."""
         for move in self.moves:
             wire, live = move.source.dtype, move.region.dtype
-            if _number_kind(wire) != _number_kind(live):
+            if number_kind(wire) != number_kind(live):
                 yield f"{move.target}: the trainer's {self.manifest.specs[move.param]} does not fit into {live}"
 
     def _writes(self) -> tuple[dict[str, list[Region]], dict[str, list[Region]]]:
@@ -172,11 +174,6 @@ class LandingPlan:
             if not op.transforms:
                 written[str(target.key)].append(target.region)
         return written, filled
-
-
-def _number_kind(dtype: torch.dtype) -> object:
-    """Return equal values for dtypes between which casts make sense; 8-bit floats are quantized, with scales beside."""
-    return dtype if dtype.is_floating_point and dtype.itemsize == 1 else dtype.is_floating_point
 
 
 def _encode_move(move: Move) -> list[Any]:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 from rollcast.comm import Region
 from rollcast.comm.device.storage import storage_id
 from rollcast.rollout.errors import LandingError
+from rollcast.rollout.landing.dtypes import widens
 from rollcast.rollout.landing.tape import COPY, PLACEMENT_ARGUMENTS, Op, Ref
 
 aten = torch.ops.aten
@@ -95,7 +96,7 @@ class Recorder(TorchDispatchMode):
         self._record(func, plain_args, plain_kwargs, refs)
         if func in FAITHFUL_COPIES and refs[0] is not None and self._is_known(args[0]):
             origin = self._ref(args[0])
-            if origin.kind == "source" and _widens(origin.region.dtype, results[0].dtype):
+            if origin.kind == "source" and widens(origin.region.dtype, results[0].dtype):
                 self._copies[refs[0].key] = origin, Region.of(results[0])
 
     def _view_in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -219,16 +220,6 @@ def _is_made_on_meta(kwargs: Mapping[str, Any]) -> bool:
 
 def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
-
-
-def _widens(narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Return whether every value of `narrow` is a value of `wide`."""
-    if narrow == wide:
-        return True
-    if not (narrow.is_floating_point and wide.is_floating_point):
-        return False
-    few, many = torch.finfo(narrow), torch.finfo(wide)
-    return few.eps >= many.eps and few.max <= many.max and few.tiny * few.eps >= many.tiny * many.eps
 
 
 def region_before_copy(original: Region, copy: Region, part: Region) -> Region | None:

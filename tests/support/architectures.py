@@ -155,12 +155,30 @@ FURTHER = [
     "qwen3_moe@2+memory",
     *(f"{name}+memory" for name in ("glm4_moe", "gpt_oss", "olmoe", "qwen2_moe", "qwen3_moe")),
 ]
+# "+bf16", "+fp16": engine, checkpoint and trainer in that dtype, but for what checkpoints keep in float32.
+# "+masters": the trainer has everything in float32.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Ends of the names of what checkpoints of models in half precision keep in float32.
+FLOAT32_ISLANDS = ("e_score_correction_bias", "expert_bias", "A_log", "dt_bias", ".D")
+# Some of vLLM's routers are float32, whatever the checkpoint has.
+ROUTERS = (".gate.weight",)
+HALF = [
+    *(f"{name}+bf16" for name in ARCHITECTURES),
+    *(f"{name}@2+bf16" for name in SHARDED),
+    *(f"{name}+fp16" for name in ("bloom", "deepseek_v3", "gpt2", "llama", "mamba2", "qwen3_moe", "qwen3_next")),
+    *(f"{name}+bf16+masters" for name in ("deepseek_v3", "falcon_h1", "glm4_moe", "jamba", "llama", "mamba", "mamba2")),
+    *(f"{name}+bf16+masters" for name in ("nemotron_h", "qwen3_moe", "qwen3_next", "zamba2")),
+    "glm4_moe+bf16+memory",
+    "qwen3_moe@2+ep+bf16",
+    "qwen3_next@2+bf16+masters",
+]
 # What cannot be expressed, or is unknown to vLLM's loader, and how it is refused.
 REFUSED = {
-    "phi": r"does not take parameter lm_head\.bias \[96\] float32: the loader copies a weight into a tensor of its own",
+    "phi": r"does not take parameter lm_head\.bias \[96\] \w+: the loader copies a weight into a tensor of its own",
     "mixtral+memory": r"does not take parameter model\.layers\.0\.mlp\.gate\.weight .* no module or parameter named",
 }
-CASES = [*ARCHITECTURES, *(f"{name}@2" for name in SHARDED), *FURTHER]
+REFUSED |= {"phi+bf16": REFUSED["phi"]}
+CASES = [*ARCHITECTURES, *(f"{name}@2" for name in SHARDED), *FURTHER, *HALF]
 CASES += [case for case in REFUSED if case not in CASES]
 
 
@@ -170,6 +188,15 @@ def build(name: str, *, seed: int) -> Any:
     config_class, settings = ARCHITECTURES[name]
     config = getattr(transformers, config_class)(**settings)
     return transformers.AutoModelForCausalLM.from_config(config).float()
+
+
+def in_half(model: Any, dtype: torch.dtype, *, kept: tuple[str, ...] = FLOAT32_ISLANDS) -> Any:
+    """Cast the model, in place, but for names that end in one of `kept`. Return it."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not name.endswith(kept):
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def perturb(model: torch.nn.Module) -> None:

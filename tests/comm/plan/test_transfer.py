@@ -52,6 +52,19 @@ def test_whole_moves_are_every_parameter_in_place() -> None:
         assert move.source == move.region == Region.of(torch.empty(shape, dtype=dtype))
 
 
+def test_a_plan_counts_the_bytes_that_travel_whatever_the_trainer_has() -> None:
+    """Workers choose the dtypes; where they differ, the plan states the widest."""
+    held = manifest(("a", (100,), F32), ("b", (10,), F32), ("c", (10,), BF16))
+    narrow = whole_moves(manifest(("a", (100,), BF16), ("b", (10,), BF16), ("c", (10,), BF16)))
+    wide = whole_moves(manifest(("a", (100,), BF16), ("b", (10,), F32), ("c", (10,), BF16)))
+    plan = build_transfer(Holders.replicated(held, 1), {"n": narrow, "w": wide}, ["n", "w"], bucket_bytes=1024)
+    assert [spec.dtype for spec in plan.manifest.specs] == [BF16, F32, BF16]
+    assert plan.manifest.nbytes == 200 + 40 + 20
+    assert [lane.nbytes for lane in plan.lanes] == [240, 260]
+    other = build_transfer(Holders.replicated(held, 1), {"n": narrow, "w": narrow}, ["n", "w"], bucket_bytes=1024)
+    assert other.digest != plan.digest
+
+
 ORDERS: dict[str, tuple[list[list[Move]], tuple[int, ...]]] = {
     "memory, not manifest": ([[flat(2, "x"), flat(0, "y"), flat(1, "z")]], (2, 0, 1)),
     "positions in one target": ([[flat(0, "x", 8), flat(1, "x", 0), flat(2, "x", 4)]], (1, 2, 0)),

@@ -1,6 +1,7 @@
 """Random moves over real gloo groups leave in every worker what torch's own copies leave, and nothing else."""
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ from ranks import CPU, Memory, Ranks, Tapped, WatchedSource, all_results, receiv
 from shards import random_shards
 from sides import memory_of
 
-from rollcast.comm import Holders, Holding, TransferPlan, WeightBroadcaster, WeightSource, build_transfer
+from rollcast.comm import Holders, Holding, Manifest, TransferPlan, WeightBroadcaster, WeightSource, build_transfer
 
 BUCKET_BYTES = (256, 300, 1024, 4096, 65537, 1 << 22)
 SEEDS = 40
@@ -21,6 +22,17 @@ WORKERS = ("a", "b", "a")
 TRAINERS = {"one trainer": 1, "replicas": 2, "shards": 3}
 ALL = set(product((False, True), repeat=3))
 KINDS = ALL - {(False, False, True), (False, True, True), (True, False, True)}
+
+
+def asked_for(rng: random.Random, manifest: Manifest) -> Manifest:
+    """The dtypes in which a worker wants the parameters: now and then another than the trainer has."""
+    floating = (torch.bfloat16, torch.float16, torch.float32)
+    return Manifest(
+        tuple(
+            replace(spec, dtype=rng.choice(floating)) if spec.dtype in floating and rng.random() < 0.3 else spec
+            for spec in manifest.specs
+        )
+    )
 
 
 class Job:
@@ -39,7 +51,7 @@ class Job:
         some = rng.sample(params, rng.randint(1, len(params)))
         # The first keeps whatever the second does not.
         keeps = {"a": [p for p in params if p not in some or rng.random() < 0.5], "b": some}
-        self.sinks = {name: random_sink(rng, manifest, params) for name, params in keeps.items()}
+        self.sinks = {name: random_sink(rng, asked_for(rng, manifest), params) for name, params in keeps.items()}
         self.plan = self._plan()
         self.broadcasters = [
             WeightBroadcaster(source, self.plan, rank=r, device=CPU) for r, source in enumerate(self.sources)

@@ -1,23 +1,27 @@
 """Lands perturbed weights in vLLM's model of an architecture and compares with a fresh load (in landing_server.py).
 
 A case is an architecture; ARCHITECTURE@2 means both ranks of two, +ep expert parallel, and +memory the trainer's
-names in memory rather than those of its checkpoint.
+names in memory rather than those of its checkpoint. +bf16 and +fp16 are what checkpoint, trainer and engine are in,
+and +masters gives the trainer float32 in their place.
 """
 
+import copy
 import shutil
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import build, perturb
+from architectures import DTYPES, FLOAT32_ISLANDS, ROUTERS, build, in_half, perturb
 from loaded_models import LoadedModels
 from local_transfer import LocalTransfer
 from safetensors.torch import load_file
 from sides import full_tensors
 
 from rollcast.comm import WeightSource
+from rollcast.comm.device.storage import flat_bytes
 from rollcast.rollout.landing import LandingPlan
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
@@ -38,13 +42,20 @@ def compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     return {"case": case, "seconds": round(time.monotonic() - start, 2)} | row
 
 
-def save(model: Any, folder: Path, memory: bool) -> Tensors:
+def save(model: Any, folder: Path, tags: Sequence[str] = ()) -> Tensors:
     """Save the model; return what its trainer would send: the tensors of the checkpoint, or those in memory."""
-    model.save_pretrained(folder)
-    if memory:
-        return {spec.name: tensor.detach().clone() for spec, tensor in full_tensors(WeightSource(model))}
+    kept = model
+    islands = FLOAT32_ISLANDS + (ROUTERS if "masters" in tags else ())
+    for dtype in (DTYPES[tag] for tag in tags if tag in DTYPES):
+        kept = in_half(copy.deepcopy(model), dtype, kept=islands)
+    kept.save_pretrained(folder)
+    trained = model if "masters" in tags else kept
+    if "memory" in tags:
+        return {spec.name: tensor.detach().clone() for spec, tensor in full_tensors(WeightSource(trained))}
+    if trained is not kept:
+        trained.save_pretrained(folder / "masters")
     tensors: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted((folder if trained is kept else folder / "masters").glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
 
@@ -61,8 +72,14 @@ def snapshot(model: Any) -> Tensors:
     return tensors
 
 
+def on_wire(plan: LandingPlan, weights: Tensors) -> list[torch.Tensor]:
+    """Return the trainer's tensors in the dtypes in which they travel."""
+    pairs = zip(plan.manifest.specs, weights.values(), strict=True)
+    return [tensor.to(spec.dtype).contiguous() for spec, tensor in pairs]
+
+
 def different(first: Tensors, second: Tensors) -> list[str]:
-    """Return the names of tensors that differ in shape or values, or that only one side has."""
+    """Return the names of tensors that differ in shape, dtype or bytes, or that only one side has."""
     return [name for name in first | second if not _same(first.get(name), second.get(name))]
 
 
@@ -70,11 +87,13 @@ def _compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     name, *tags = case.split("+")
     architecture, _, size = name.partition("@")
     model = build(architecture, seed=0)
-    base = save(model, folder / "base", "memory" in tags)
+    base = save(model, folder / "base", tags)
     perturb(model)
-    perturbed = save(model, folder / "perturbed", "memory" in tags)
-    models = models.with_settings(enable_expert_parallel="ep" in tags)
-    one = partial(_compare_rank, models, folder, base, perturbed, size=int(size or 1))
+    perturbed = save(model, folder / "perturbed", tags)
+    dtype = next((DTYPES[tag] for tag in tags if tag in DTYPES), torch.float32)
+    settings = {"dtype": str(dtype).removeprefix("torch."), "enable_expert_parallel": "ep" in tags}
+    models = models.with_settings(**settings)
+    one = partial(_compare_rank, models, folder, base, perturbed, dtype=dtype, size=int(size or 1))
     ranks: list[dict[str, Any]] = [one(rank=rank) for rank in range(int(size or 1))]
     unused = [set(rank.pop("unused")) for rank in ranks]
     facts: dict[str, Any] = {"model": [rank.pop("model") for rank in ranks].pop(), "parameters": len(base)}
@@ -84,20 +103,20 @@ def _compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
 
 
 def _compare_rank(
-    models: LoadedModels, folder: Path, base: Tensors, perturbed: Tensors, *, rank: int, size: int
+    models: LoadedModels, folder: Path, base: Tensors, perturbed: Tensors, *, dtype: torch.dtype, rank: int, size: int
 ) -> dict[str, Any]:
     updated, fresh = (models.load(folder / which, rank=rank, size=size) for which in ("base", "perturbed"))
     before, expected = snapshot(updated), snapshot(fresh)
     manifest = WeightSource(perturbed).manifest
     with models.as_rank(folder / "base", rank=rank, size=size), torch.no_grad():
         start = time.perf_counter()
-        plan = compile_landing(updated, manifest, dtype=torch.float32)
+        plan = compile_landing(updated, manifest, dtype=dtype)
         compile_ms = round((time.perf_counter() - start) * 1000)
         undisturbed = different(before, snapshot(updated))
-        landing = LiveLanding(plan, updated, dtype=torch.float32)
-        LocalTransfer(landing, list(base.values())).apply()
+        landing = LiveLanding(plan, updated, dtype=dtype)
+        LocalTransfer(landing, on_wire(plan, base)).apply()
         changed = different(before, snapshot(updated))
-        LocalTransfer(landing, list(perturbed.values())).apply()
+        LocalTransfer(landing, on_wire(plan, perturbed)).apply()
     stale = different(before, expected)
     return {
         "model": type(updated).__name__,
@@ -107,6 +126,7 @@ def _compare_rank(
         "tapes": sum(bool(stage.tape) for stage in plan.stages),
         "attention": len(plan.attention),
         "compile_ms": compile_ms,
+        "float32": sorted({spec.name for spec in plan.manifest.specs if spec.dtype == torch.float32 != dtype}),
         "problems": plan.check(),
         "unused": [manifest.specs[index].name for index in plan.unused],
         "stale_before": len(stale),
@@ -120,4 +140,7 @@ def _compare_rank(
 
 
 def _same(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    return first is not None and second is not None and first.shape == second.shape and torch.equal(first, second)
+    if first is None or second is None or (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    # Bytes: a NaN is what it is.
+    return torch.equal(flat_bytes(first), flat_bytes(second))

@@ -86,9 +86,9 @@ class OddLoaders:
         self._models = models
         self._folder = folder
         model = build("qwen3", seed=0)
-        base = save(model, folder / "base", False)
+        base = save(model, folder / "base")
         perturb(model)
-        weights = save(model, folder / "perturbed", False)
+        weights = save(model, folder / "perturbed")
         self._rounds = [base, weights]
         self._manifest = WeightSource(weights).manifest
         self._live = models.load(folder / "base")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import CASES, REFUSED
+from architectures import CASES, DTYPES, REFUSED
 from landing_process import LandingProcess
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
@@ -21,11 +21,14 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 LAYOUTS = ("plain", "packed")
 QUICK = {
     ("deepseek_v3", "plain"),
+    ("glm4_moe+bf16", "plain"),
     ("gpt2@2", "plain"),
     ("llama-tied", "plain"),
     ("mamba", "plain"),
+    ("mamba+bf16+masters", "plain"),
     ("qwen3_moe@2+ep", "plain"),
     ("granitemoehybrid", "packed"),
+    ("llama+fp16", "packed"),
     ("llama-tied@2", "packed"),
     ("qwen3_moe", "packed"),
 }
@@ -71,7 +74,7 @@ def verdict(row: dict[str, Any]) -> str:
     if flaws := [name for name in FLAWS if row[name]]:
         return ", ".join(flaws)
     # A rank of two has no use for the other's experts, unless they are part of one tensor.
-    if bool(row["remote"]) != case.endswith("+ep"):
+    if bool(row["remote"]) != ("+ep" in case):
         return "remote"
     return "exact" if row["stale_before"] > row["parameters"] / 4 else "the perturbation does not reach vLLM"
 
@@ -88,9 +91,9 @@ def write_table(rows: Rows) -> None:
     lines = [
         "# Landing matrix, CPU",
         "",
-        "Perturbed weights landed in vLLM's own models (float32, tiny and random) and compared with a fresh load of",
-        f"the same checkpoint, bit for bit. {len(table)} cases: {tally}. Counts and milliseconds are",
-        "sums over the tensor-parallel ranks. Written by `make test-all`, "
+        "Perturbed weights landed in vLLM's own models (tiny and random; float32 where a row says nothing else) and",
+        f"compared with a fresh load of the same checkpoint, bit for bit. {len(table)} cases: {tally}.",
+        "Counts and milliseconds are sums over the tensor-parallel ranks. Written by `make test-all`, "
         + ", ".join(f"{name} {version}" for name, version in about.items()),
         "",
         "| " + " | ".join(key.replace("_", " ") for key in table[0]) + " |",
@@ -103,7 +106,8 @@ def write_table(rows: Rows) -> None:
 def summary(row: dict[str, Any], layout: str) -> dict[str, Any]:
     architecture, *tags = row["case"].split("+")
     architecture, _, size = architecture.partition("@")
-    names = {"ep": "expert parallel", "memory": "names in memory"}
+    names = {"ep": "expert parallel", "memory": "names in memory", "masters": "float32 trainer"}
+    names |= {tag: str(dtype).removeprefix("torch.") for tag, dtype in DTYPES.items()}
     first = {"architecture": architecture, "TP": int(size or 1), "layout": layout}
     first["case"] = ", ".join(names[tag] for tag in tags)
     keys = ("model", "parameters", "moves", "zero_copy", "stages", "compile_ms")
