@@ -9,6 +9,8 @@ from rollcast.comm.plan.region import Region
 from rollcast.comm.plan.transfer import Lane, TransferPlan, build_transfer, digest_of
 from rollcast.comm.report import PhaseTimer, SyncReport
 from rollcast.comm.transfer.broadcaster import WeightBroadcaster
+from rollcast.comm.transfer.checkpoint_names import checkpoint_names
+from rollcast.comm.transfer.conversion import Conversion
 from rollcast.comm.transfer.holding import Holding, Weights
 from rollcast.comm.transfer.landing import Landing, VerifyError
 from rollcast.comm.transfer.lora_source import open_source
@@ -20,6 +22,7 @@ __all__ = [
     "Box",
     "Boxes",
     "Bucket",
+    "Conversion",
     "Deadline",
     "Group",
     "HeldParam",
@@ -42,6 +45,7 @@ __all__ = [
     "WeightSource",
     "Weights",
     "build_transfer",
+    "checkpoint_names",
     "digest_of",
     "fill_buckets",
     "host_store",

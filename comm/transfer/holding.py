@@ -64,6 +64,13 @@ class LocalParam:
     tensors: tuple[torch.Tensor, ...]
     held: Any
     """The object in the module or state dict."""
+    views_of: tuple[torch.Tensor, ...] = ()
+    """The trainer's own tensors that `tensors` are views of. Empty: they are these."""
+
+    @property
+    def owners(self) -> tuple[torch.Tensor, ...]:
+        """The trainer's own tensors that have the elements."""
+        return self.views_of or self.tensors
 
 
 def local_param(name: str, held: Any) -> LocalParam:

@@ -1,9 +1,9 @@
 """The trainer's weights: their specs, what this rank holds of them, and these parts in any order (trainer)."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -13,14 +13,17 @@ from rollcast.comm.device.storage import ModuleSnapshot, StorageSnapshot, tensor
 from rollcast.comm.plan.box import Box
 from rollcast.comm.plan.holders import HeldParam
 from rollcast.comm.plan.manifest import Manifest, ParamSpec
-from rollcast.comm.transfer.fsdp import fsdp1_state, has_other_hooks, reshard
+from rollcast.comm.transfer.checkpoint_names import checkpoint_names
+from rollcast.comm.transfer.conversion import Conversion, Converted, Converter
+from rollcast.comm.transfer.fsdp import has_other_hooks, reshard
 from rollcast.comm.transfer.holding import LocalParam, Weights, local_param, tensors_of
-
-# Wrappers that add a level to the names of the modules they wrap, and no weight of their own.
-WRAPPER_LEVELS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+from rollcast.comm.transfer.wrappers import state_of, unwrap
 
 # With at least this many tensors, reading all their addresses takes milliseconds: it is done bucket by bucket instead.
 MANY_TENSORS = 2048
+
+# Gathered tensors that are kept while checkpoint parameters are made of parts of them.
+CACHED_TENSORS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +48,20 @@ class WeightSource:
     state dict of tensors, `DTensor`s and `Holding`s, which need not list the parameters of other ranks. Nothing is
     gathered. Parameters and persistent buffers are sent; a tensor that has two names (tied weights) is sent once, under
     the first. `dtype` is the wire dtype of all floating-point tensors (fp32 masters are cast while packing); None sends
-    them as they are. Raises `ValueError` for weights that cannot be sent.
+    them as they are. The manifest has checkpoint names and shapes: those that `save_pretrained` would write for a
+    model of transformers, the trainer's own for anything else, or what the function `names` makes of the trainer's
+    tensors (see `conversion.py`). Raises `ValueError` for weights that cannot be sent.
     """
 
-    def __init__(self, weights: Weights, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, weights: Weights, *, dtype: torch.dtype | None = None, names: Conversion | None = None) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         self._weights = weights
         self._dtype = dtype
+        model = unwrap(weights) if isinstance(weights, nn.Module) else None
+        self._converter = Converter(names or (checkpoint_names(model) if model is not None else None))
+        # What this rank holds, by the trainer's names.
+        self._held: dict[str, LocalParam] = {}
         # None: tensors are made anew for each sync.
         self._module_snapshot: ModuleSnapshot | None = None
         # The objects in the module or state dict that the tensors of each parameter are aliases of: when the trainer
@@ -91,9 +100,10 @@ class WeightSource:
         if self._module_snapshot is None or not self._module_snapshot.unchanged():
             reshard(self._weights)
         if self._module_snapshot is None or not self._module_snapshot.unchanged():
-            named = self._named()
-            self._params = list(named.values())
-            manifest = Manifest(tuple(self._spec(name, param) for name, param in named.items()))
+            self._held = self._named()
+            bound = self._bind(self._held)
+            self._params = list(bound.values())
+            manifest = Manifest(tuple(self._spec(name, param) for name, param in bound.items()))
             # The same object while nothing differs: syncs compare objects first, and thousands of specs take 10 ms.
             if manifest != self._manifest:
                 self._manifest = manifest
@@ -134,7 +144,8 @@ class WeightSource:
 
     def storage_snapshot(self, params: Sequence[int]) -> StorageSnapshot:
         """Return where some parameters are in memory now. Only for `stable_params`."""
-        return StorageSnapshot([owner for param in params for owner in self._owners[param]])
+        owners = {id(owner): owner for param in params for owner in self._owners[param]}
+        return StorageSnapshot([*owners.values()])
 
     def stable_params(self) -> list[LocalParam] | None:
         """Return the tensors of the last `current_manifest` if `gather` yields exactly these, sync after sync.
@@ -146,7 +157,7 @@ class WeightSource:
 
     def release(self) -> None:
         """Drop all references to the tensors; the next `current_manifest` finds them again."""
-        self._module_snapshot, self._params, self._checked, self._owners = None, [], [], []
+        self._module_snapshot, self._held, self._params, self._checked, self._owners = None, {}, [], [], []
 
     def formats(self) -> list[list[LocalFormat]]:
         """Return how this rank's tensors of each parameter are in memory."""
@@ -170,8 +181,12 @@ class WeightSource:
         dtype = self._dtype if self._dtype and cast else tensor.dtype
         return ParamSpec(name, param.shape, dtype)
 
+    def _bind(self, held: dict[str, LocalParam]) -> dict[str, LocalParam]:
+        """Return what this rank holds of the checkpoint's parameters, by their names."""
+        return self._converter.bind(held)
+
     def _named(self) -> dict[str, LocalParam]:
-        """Return what to send, by name."""
+        """Return what this rank holds, by the trainer's names."""
         named: dict[str, LocalParam] = {}
         seen: set[object] = set()
         for name, held in state_of(self._weights):
@@ -210,49 +225,35 @@ class GatheringSource(WeightSource):
             [replace(formats[0], box=(box := Box.whole(spec.shape)), strides=box.strides)] for spec, formats in pairs
         ]
 
-    def current_manifest(self) -> Manifest:
-        """See `WeightSource.current_manifest`."""
-        manifest = super().current_manifest()
-        for spec, param in zip(manifest.specs, self._params, strict=True):
+    def _bind(self, held: dict[str, LocalParam]) -> dict[str, LocalParam]:
+        """Return every checkpoint parameter; its tensor has the dtype and the device, not the elements."""
+        for name, param in held.items():
             if not isinstance(param.held, DTensor) and param.boxes != (Box.whole(param.shape),):
-                raise ValueError(f"{spec.name}: a peft model that FSDP1 or ZeRO-3 has flattened cannot be gathered")
-        return manifest
+                raise ValueError(f"{name}: a peft model that FSDP1 or ZeRO-3 has flattened cannot be gathered")
+        converted = self._converter.converted(held)
+        if converted is None:
+            return held
+        likes = {each.name: held[each.pieces[0].name].tensors for each in converted}
+        return {
+            each.name: LocalParam(each.shape, (Box.whole(each.shape),), likes[each.name], each) for each in converted
+        }
 
     def _full_tensors(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (index, full tensor) in the given order. Collective."""
-        params = self._params
+        # The same on all ranks. Checkpoint parameters that are parts of one tensor follow each other.
+        full = lru_cache(CACHED_TENSORS)(lambda name: self._full_tensor(name, self._held[name]))
+        names = list(self._held)
         for index in order:
-            yield index, full_tensor(params[index].held)
+            held = self._params[index].held
+            yield index, held.assemble(full) if isinstance(held, Converted) else full(names[index])
+
+    def _full_tensor(self, name: str, param: LocalParam) -> torch.Tensor:
+        """Return the whole of one of the trainer's parameters. Collective."""
+        return full_tensor(param.held)
 
 
 def _named_boxes(boxes: Sequence[Box]) -> str:
     return " and ".join(map(str, boxes))
-
-
-def state_of(weights: Weights) -> Iterator[tuple[str, Any]]:
-    """Yield every parameter and persistent buffer as this rank has it, by the name that a plain model gives it."""
-    if isinstance(weights, Mapping):
-        yield from weights.items()
-        return
-    module: nn.Module = weights.module if isinstance(weights, nn.parallel.DistributedDataParallel) else weights
-    state = fsdp1_state(module)
-    for name, held in (module.state_dict(keep_vars=True) if state is None else state).items():
-        yield plain_name(name), held
-
-
-def plain_name(name: str) -> str:
-    """Return the name of a parameter or module without the levels that wrappers add."""
-    return ".".join(level for level in name.split(".") if level not in WRAPPER_LEVELS)
-
-
-def unwrap(module: nn.Module) -> Any:
-    """Return the model that DDP or torch.compile wraps."""
-    while True:
-        inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else None
-        inner = getattr(module, "_orig_mod", None) if inner is None else inner
-        if inner is None:
-            return module
-        module = inner
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -278,5 +279,5 @@ def _take_snapshot(
     by_id: dict[object, list[torch.Tensor]] = defaultdict(list)
     for tensor in snapshot.tensors:
         by_id[tensor_id(tensor)].append(tensor)
-    owners = [[owner for each in param.tensors for owner in by_id.get(tensor_id(each), [])] for param in params]
+    owners = [[owner for each in param.owners for owner in by_id.get(tensor_id(each), [])] for param in params]
     return (snapshot, owners) if all(owners) else (None, [])

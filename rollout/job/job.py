@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from rollcast.comm import Deadline, open_source
+from rollcast.comm import Conversion, Deadline, open_source
 from rollcast.comm.agreement import Agreement
 from rollcast.comm.transport.rendezvous import reachable_host
 from rollcast.rollout.config import RolloutConfig
@@ -72,11 +72,19 @@ class Job:
         *,
         transport: str | None = None,
         adapter: str | None = None,
+        names: Conversion | None = None,
     ) -> PoolBroadcaster:
         """Return a broadcaster of these weights (see `WeightSource` for what they may be). Trainer ranks only.
 
         From a peft model it sends only the LoRA adapter if the engines have a `lora_rank`, else the base weights with
         the adapter merged into them; `adapter` names one where several are active.
+
+        Engines take checkpoint names. Those of a transformers model are found by transformers' own conversion, run
+        backwards as in `save_pretrained`; for a state dict in such a model's names pass `checkpoint_names(model)`. A
+        function of your own takes the trainer's full tensors by name and returns the checkpoint's, made by views,
+        splits, permutations, reshapes, concatenation and stacking. It is called once, with tensors without data:
+
+            names=lambda state: {f"model.{name}": tensor for name, tensor in state.items()}
 
         Not collective, but every trainer rank needs one to take part in its syncs. An earlier broadcaster of this job
         is closed: the engines belong to one group at a time. `transport`: None, as configured. Raises `ValueError`
@@ -92,6 +100,7 @@ class Job:
                 adapters=self.config.lora_rank is not None,
                 adapter=adapter,
                 dtype=self.config.torch_dtype(),
+                names=names,
             ),
             pool,
             agreement,

@@ -4,36 +4,22 @@ Each rank is simulated in turn, with torch's "fake" process group: splitting a t
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fake_ranks import rank_of
 from shards import indices
-from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rollcast.comm import Box, Holding, WeightSource
 from rollcast.comm.transfer.source import GatheringSource
 
 Full = dict[str, torch.Tensor]
-
-
-@contextmanager
-def rank_of(world: int, rank: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    # What torch caches belongs to another rank.
-    _clear_sharding_prop_cache()
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def full_weights() -> Full:
