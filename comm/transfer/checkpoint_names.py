@@ -3,6 +3,7 @@
 The one place that knows transformers' conversion of weights (5.x): `save_pretrained` runs it, backwards.
 """
 
+import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,8 +39,28 @@ def checkpoint_names(model: nn.Module) -> Conversion | None:
 
 def _revert(model: Any, revert: Any, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     ignored = set(model._keys_to_ignore_on_save or ())
-    with _without_fsdp_classes(model):
+    with _without_fsdp_classes(model), _with_conversions(model):
         return revert(model, {name: tensor for name, tensor in tensors.items() if name not in ignored})
+
+
+@contextmanager
+def _with_conversions(model: Any) -> Iterator[None]:
+    """Give a model that was not loaded the conversions of published checkpoints of its kind.
+
+    transformers keeps those that a loaded model needed. For any other it leaves out the names of levels that the model
+    has no longer, which published checkpoints with towers have (`vision_tower.vision_model`), and vLLM with them.
+    """
+    if getattr(model, "_weight_conversions", None) is not None:
+        yield
+        return
+    mapping: Any = importlib.import_module("transformers.conversion_mapping")
+    found = mapping.get_model_conversion_mapping(model, add_legacy=False)
+    kept = [each for each in found if not isinstance(each, mapping.PrefixChange) or each.scope_prefix]
+    model._weight_conversions = kept
+    try:
+        yield
+    finally:
+        del model._weight_conversions
 
 
 @contextmanager

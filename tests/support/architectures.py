@@ -1,10 +1,13 @@
 """Tiny random models of many architectures. A new one is one line in `ARCHITECTURES`."""
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 Settings = dict[str, Any]
 
@@ -147,6 +150,9 @@ IMAGES: dict[str, tuple[str, Settings]] = {
         IDS | {"text_config": GROUPED | LINEAR | {"rope_parameters": MROPE_PART}, "vision_config": QWEN_TOWER},
     ),
 }
+# What published checkpoints of them have in their names, and transformers' models have no longer.
+TOWER_LEVEL = re.compile(r"^vision_tower\.(?!vision_model)")
+PUBLISHED = {"gemma3-images", "llava"}
 MOE = "qwen3_moe"
 # Whose names in memory are not those of their checkpoints.
 CONVERTED = ["afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe"]
@@ -204,6 +210,19 @@ def build(name: str, *, seed: int) -> Any:
     config = getattr(transformers, config_class)(**copy.deepcopy(settings))
     kind = transformers.AutoModelForImageTextToText if name in IMAGES else transformers.AutoModelForCausalLM
     return kind.from_config(config).float()
+
+
+def save(name: str, model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """Save a model of this architecture as it would be published, and return the tensors."""
+    model.save_pretrained(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        loaded = load_file(file)
+        if name in PUBLISHED:
+            loaded = {TOWER_LEVEL.sub("vision_tower.vision_model.", key): tensor for key, tensor in loaded.items()}
+            save_file(loaded, file, metadata={"format": "pt"})
+        tensors |= loaded
+    return tensors
 
 
 def perturb(model: torch.nn.Module) -> None:

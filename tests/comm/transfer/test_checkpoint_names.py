@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, CONVERTED, IMAGES, build
+from architectures import ARCHITECTURES, CONVERTED, IMAGES, build, save
 from fake_ranks import rank_of
-from safetensors.torch import load_file
 from shards import put_together
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,15 +24,6 @@ def every_architecture(quick: list[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
-def saved(model: Any, folder: Path) -> Tensors:
-    """The tensors that `save_pretrained` writes, in the dtypes of the model."""
-    model.save_pretrained(folder)
-    tensors: Tensors = {}
-    for file in folder.glob("*.safetensors"):
-        tensors |= load_file(file)
-    return tensors
-
-
 def check_same(got: Tensors, expected: Tensors) -> None:
     assert got.keys() == expected.keys()
     wrong = [name for name, tensor in expected.items() if not torch.equal(got[name], tensor.to(got[name].dtype))]
@@ -44,27 +34,27 @@ def check_same(got: Tensors, expected: Tensors) -> None:
 def test_names_in_memory_become_those_of_the_checkpoint(name: str, tmp_path: Path) -> None:
     model = build(name, seed=0)
     source = WeightSource(model)
-    check_same(put_together([source]), saved(model, tmp_path))
+    check_same(put_together([source]), save(name, model, tmp_path))
     assert source.stable_params() is not None
     # Views: an optimizer step is seen as it is.
     with torch.no_grad():
         for param in model.parameters():
             param.add_(1)
     assert source.peek_manifest() is source.manifest
-    check_same(put_together([source]), saved(model, tmp_path))
+    check_same(put_together([source]), save(name, model, tmp_path))
 
 
 @pytest.mark.parametrize("name", every_architecture(quick=["granitemoehybrid", "mixtral", "llava"]))
 def test_what_was_loaded_is_sent_as_it_would_be_saved(name: str, tmp_path: Path) -> None:
-    build(name, seed=0).save_pretrained(tmp_path / "first")
+    first = save(name, build(name, seed=0), tmp_path / "first")
     auto = transformers.AutoModelForImageTextToText if name in IMAGES else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(tmp_path / "first", dtype=torch.float32)
-    check_same(put_together([WeightSource(model)]), saved(model, tmp_path / "second"))
+    check_same(put_together([WeightSource(model)]), first)
 
 
 @pytest.mark.parametrize("name", every_architecture(quick=["deepseek_v3", "minimax_m2", "qwen3_moe", "gemma3-images"]))
 def test_shards_make_the_same_checkpoint(name: str, tmp_path: Path) -> None:
-    expected = saved(build(name, seed=0), tmp_path)
+    expected = save(name, build(name, seed=0), tmp_path)
     sources: list[WeightSource] = []
     got: Tensors = {}
     for rank in range(3):
@@ -85,7 +75,7 @@ def test_shards_make_the_same_checkpoint(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_experts_of_ranks_and_parts_of_experts_make_the_same_checkpoint(dim: int, tmp_path: Path) -> None:
     """Expert parallel (whole experts on each rank), tensor parallel inside of experts, and FSDP2 around both."""
-    expected = saved(build("mixtral", seed=0), tmp_path)
+    expected = save("mixtral", build("mixtral", seed=0), tmp_path)
     sources: list[WeightSource] = []
     got: Tensors = {}
     for rank in range(4):
@@ -105,17 +95,16 @@ def test_experts_of_ranks_and_parts_of_experts_make_the_same_checkpoint(dim: int
 
 
 def test_a_text_model_of_a_model_with_images_has_the_names_of_the_whole(tmp_path: Path) -> None:
-    build("qwen3_5-images", seed=0).save_pretrained(tmp_path / "whole")
+    whole = save("qwen3_5-images", build("qwen3_5-images", seed=0), tmp_path / "whole")
     text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
     got = put_together([WeightSource(text)])
-    whole: Tensors = load_file(tmp_path / "whole" / "model.safetensors")
     check_same(got, {name: tensor for name, tensor in whole.items() if "visual" not in name})
 
 
 def test_a_state_dict_takes_the_conversion_of_its_model(tmp_path: Path) -> None:
     model = build("mixtral", seed=0)
     source = WeightSource(model.state_dict(), names=checkpoint_names(model))
-    check_same(put_together([source]), saved(model, tmp_path))
+    check_same(put_together([source]), save("mixtral", model, tmp_path))
     assert checkpoint_names(nn.Linear(2, 2)) is None
 
 

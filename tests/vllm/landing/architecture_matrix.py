@@ -1,7 +1,7 @@
 """Lands perturbed weights in vLLM's model of an architecture and compares with a fresh load (in landing_server.py).
 
-A case is an architecture; ARCHITECTURE@2 means both ranks of two, +ep expert parallel, and +memory the trainer's
-names in memory rather than those of its checkpoint.
+A case is an architecture; ARCHITECTURE@2 means both ranks of two, +ep expert parallel, and +memory what is sent of the
+model in memory rather than of its checkpoint.
 """
 
 import shutil
@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import build, perturb
+from architectures import build, perturb, save
 from loaded_models import LoadedModels
 from local_transfer import LocalTransfer
-from safetensors.torch import load_file
-from sides import full_tensors
+from shards import put_together
 
 from rollcast.comm import WeightSource
 from rollcast.rollout.landing import LandingPlan
@@ -36,17 +35,6 @@ def compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return {"case": case, "seconds": round(time.monotonic() - start, 2)} | row
-
-
-def save(model: Any, folder: Path, memory: bool) -> Tensors:
-    """Save the model; return what its trainer would send: the tensors of the checkpoint, or those in memory."""
-    model.save_pretrained(folder)
-    if memory:
-        return {spec.name: tensor.detach().clone() for spec, tensor in full_tensors(WeightSource(model))}
-    tensors: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
 
 
 def snapshot(model: Any) -> Tensors:
@@ -70,9 +58,12 @@ def _compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     name, *tags = case.split("+")
     architecture, _, size = name.partition("@")
     model = build(architecture, seed=0)
-    base = save(model, folder / "base", "memory" in tags)
+    in_memory = put_together([WeightSource(model)]) if "memory" in tags else None
+    base = save(architecture, model, folder / "base")
     perturb(model)
-    perturbed = save(model, folder / "perturbed", "memory" in tags)
+    perturbed = save(architecture, model, folder / "perturbed")
+    if in_memory is not None:
+        base, perturbed = in_memory, put_together([WeightSource(model)])
     models = models.with_settings(enable_expert_parallel="ep" in tags)
     one = partial(_compare_rank, models, folder, base, perturbed, size=int(size or 1))
     ranks: list[dict[str, Any]] = [one(rank=rank) for rank in range(int(size or 1))]

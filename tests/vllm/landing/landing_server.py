@@ -18,6 +18,10 @@ from typing import Any
 
 os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
 
+from torchvision_stub import stub_torchvision
+
+stub_torchvision()
+
 import architecture_matrix
 import lora_matrix
 import torch

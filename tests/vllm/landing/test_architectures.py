@@ -22,10 +22,12 @@ LAYOUTS = ("plain", "packed")
 QUICK = {
     ("deepseek_v3", "plain"),
     ("gpt2@2", "plain"),
+    ("gemma3-images+memory", "plain"),
     ("llama-tied", "plain"),
     ("mamba", "plain"),
+    ("minimax_m2+memory", "plain"),
     ("qwen3_moe@2+ep", "plain"),
-    ("granitemoehybrid", "packed"),
+    ("granitemoehybrid+memory", "packed"),
     ("llama-tied@2", "packed"),
     ("qwen3_moe", "packed"),
 }
