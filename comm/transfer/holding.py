@@ -50,6 +50,9 @@ class Holding:
         return Box(view, tuple(self.start), tuple(stop))
 
 
+# bitsandbytes' kinds of parameters, whose elements are not the weight's.
+PACKED_KINDS = frozenset({"Params4bit", "Int8Params"})
+
 Held = torch.Tensor | Holding | tuple[Holding, ...]
 """A parameter as a state dict lists it."""
 Weights = torch.nn.Module | Mapping[str, Held]
@@ -75,10 +78,15 @@ class LocalParam:
 
 def local_param(name: str, held: Any) -> LocalParam:
     """Return what this rank holds of a parameter. Raises `ValueError` for what is no tensor, or cannot be sent."""
+    if hasattr(held, "quant_state") or type(held).__name__ in PACKED_KINDS:
+        raise ValueError(
+            f"{name} is packed by bitsandbytes ({type(held).__name__}): send dequantised weights (model.dequantize()), "
+            "or only the adapter, to engines with a lora_rank"
+        )
     if isinstance(held, DTensor):
         return LocalParam(tuple(held.shape), (box_of_shard(name, held),), (local_tensor(held).detach(),), held)
     if isinstance(held, torch.Tensor):
-        if flat := flat_partition(held):
+        if flat := flat_partition(name, held):
             return _stated(name, [flat], held)
         shape = tuple(held.shape)
         return LocalParam(shape, (Box.whole(shape),), (held.detach(),), held)
@@ -149,13 +157,18 @@ def box_of_shard(name: str, tensor: DTensor) -> Box:
     return box
 
 
-def flat_partition(param: torch.Tensor) -> Holding | None:
+def flat_partition(name: str, param: torch.Tensor) -> Holding | None:
     """Return this rank's part of a parameter that DeepSpeed's ZeRO-3 has partitioned; None for any other tensor.
 
     ZeRO-3 empties the parameter and keeps an even share of its flattened, padded elements in `ds_tensor`.
     """
     share = getattr(param, "ds_tensor", None)
     if share is None:
+        if hasattr(param, "ds_id") and not param.numel():
+            raise ValueError(
+                f"{name} is partitioned by DeepSpeed ZeRO-3, and this rank's share (ds_tensor) is not there: sync "
+                "between two steps, outside of deepspeed.zero.GatheredParameters"
+            )
         return None
     shape, numel = tuple(param.ds_shape), prod(param.ds_shape)  # pyright: ignore[reportAttributeAccessIssue]
     rank = dist.get_rank(getattr(param, "ds_process_group", None))

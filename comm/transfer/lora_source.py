@@ -5,6 +5,7 @@ peft itself is not imported: everything that is needed is an attribute of its mo
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import nn
 from rollcast.comm.plan.manifest import Manifest
 from rollcast.comm.transfer.checkpoint_names import checkpoint_names
 from rollcast.comm.transfer.conversion import Conversion
+from rollcast.comm.transfer.gathering import GatheringSource, full_tensor
 from rollcast.comm.transfer.holding import LocalParam, Weights, local_param
-from rollcast.comm.transfer.source import GatheringSource, WeightSource, full_tensor
+from rollcast.comm.transfer.source import WeightSource
 from rollcast.comm.transfer.wrappers import plain_name, unwrap
 
 # What peft puts before the names of the model that it wraps.
@@ -108,10 +110,11 @@ class MergedSource(GatheringSource):
         adapter: str | None = None,
         dtype: torch.dtype | None = None,
         names: Conversion | None = None,
+        keep: Sequence[str] = (),
     ) -> None:
         layers = lora_layers(model, adapter=adapter, merged=True)
         self._merged = {base_name(f"{layer.name}.base_layer.weight"): layer for layer in layers}
-        super().__init__(model, dtype=dtype, names=names or checkpoint_names(_base_model(model)))
+        super().__init__(model, dtype=dtype, names=names or checkpoint_names(_base_model(model)), keep=keep)
 
     def current_manifest(self) -> Manifest:
         """See `WeightSource.current_manifest`. Raises `ValueError` when peft itself has merged an adapter."""
@@ -139,22 +142,27 @@ def open_source(
     adapter: str | None = None,
     dtype: torch.dtype | None = None,
     names: Conversion | None = None,
+    keep: Sequence[str] = (),
+    keep_frozen: bool = False,
 ) -> WeightSource:
     """Make the source for `weights`, and for engines that take LoRA adapters (`adapters`) or full weights.
 
     A peft model's adapter is merged for engines that take full weights. `adapter` names the one to send, if the peft
-    model has several active. `names`: see `WeightSource`. Raises `ValueError` for weights that the engines cannot take.
+    model has several active. The others: see `WeightSource`. Raises `ValueError` for weights that the engines cannot
+    take.
     """
     if isinstance(weights, nn.Module) and hasattr(unwrap(weights), "peft_config"):
+        if keep_frozen:
+            raise ValueError("keep_frozen is not for peft models, whose base weights are frozen: name what to keep")
         if adapters:
             return AdapterSource(weights, adapter=adapter, dtype=dtype)
-        return MergedSource(weights, adapter=adapter, dtype=dtype, names=names)
+        return MergedSource(weights, adapter=adapter, dtype=dtype, names=names, keep=keep)
     if adapters:
         raise ValueError(
             "engines with lora_rank keep their base weights and take adapters: pass the peft model, or start the "
             "engines without lora_rank to send full weights"
         )
-    return WeightSource(weights, dtype=dtype, names=names)
+    return WeightSource(weights, dtype=dtype, names=names, keep=keep, keep_frozen=keep_frozen)
 
 
 def lora_layers(model: nn.Module, *, adapter: str | None, merged: bool) -> list[LoraLayer]:

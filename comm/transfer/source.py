@@ -2,16 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from rollcast.comm.device.storage import ModuleSnapshot, StorageSnapshot, tensor_id
 from rollcast.comm.plan.box import Box
 from rollcast.comm.plan.holders import HeldParam
+from rollcast.comm.plan.kept import Kept
 from rollcast.comm.plan.manifest import Manifest, ParamSpec
 from rollcast.comm.transfer.checkpoint_names import checkpoint_names
 from rollcast.comm.transfer.conversion import Conversion, Converted, Converter
@@ -21,9 +20,6 @@ from rollcast.comm.transfer.wrappers import state_of, unwrap
 
 # With at least this many tensors, reading all their addresses takes milliseconds: it is done bucket by bucket instead.
 MANY_TENSORS = 2048
-
-# Gathered tensors that are kept while checkpoint parameters are made of parts of them.
-CACHED_TENSORS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +46,28 @@ class WeightSource:
     the first. `dtype` is the wire dtype of all floating-point tensors (fp32 masters are cast while packing); None sends
     them as they are. The manifest has checkpoint names and shapes: those that `save_pretrained` would write for a
     model of transformers, the trainer's own for anything else, or what the function `names` makes of the trainer's
-    tensors (see `conversion.py`). Raises `ValueError` for weights that cannot be sent.
+    tensors (see `conversion.py`). What matches a pattern of `keep` (see `Kept`) is not sent, nor, with `keep_frozen`,
+    what is made of parameters with `requires_grad=False` alone. Raises `ValueError` for weights that cannot be sent.
     """
 
-    def __init__(self, weights: Weights, *, dtype: torch.dtype | None = None, names: Conversion | None = None) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        dtype: torch.dtype | None = None,
+        names: Conversion | None = None,
+        keep: Sequence[str] = (),
+        keep_frozen: bool = False,
+    ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         self._weights = weights
         self._dtype = dtype
         model = unwrap(weights) if isinstance(weights, nn.Module) else None
         self._converter = Converter(names or (checkpoint_names(model) if model is not None else None))
+        self._keep_frozen = keep_frozen
+        self.kept = Kept(patterns=tuple(keep))
+        """What this rank has and does not send, as of the last `current_manifest`."""
         # What this rank holds, by the trainer's names.
         self._held: dict[str, LocalParam] = {}
         # None: tensors are made anew for each sync.
@@ -102,8 +110,13 @@ class WeightSource:
         if self._module_snapshot is None or not self._module_snapshot.unchanged():
             self._held = self._named()
             bound = self._bind(self._held)
+            specs = {name: self._spec(name, param) for name, param in bound.items()}
+            kept = [spec for name, spec in specs.items() if self._is_kept(name, bound[name])]
+            self.kept = Kept(Manifest(tuple(kept)), self.kept.patterns)
+            for spec in kept:
+                del bound[spec.name], specs[spec.name]
             self._params = list(bound.values())
-            manifest = Manifest(tuple(self._spec(name, param) for name, param in bound.items()))
+            manifest = Manifest(tuple(specs.values()))
             # The same object while nothing differs: syncs compare objects first, and thousands of specs take 10 ms.
             if manifest != self._manifest:
                 self._manifest = manifest
@@ -169,6 +182,12 @@ class WeightSource:
             for param in self._params
         ]
 
+    def _is_kept(self, name: str, param: LocalParam) -> bool:
+        if self.kept.matches(name):
+            return True
+        made_of = [self._held[each.name].held for each in param.held.pieces] if is_made(param) else [param.held]
+        return self._keep_frozen and all(isinstance(p, nn.Parameter) and not p.requires_grad for p in made_of)
+
     def _spec(self, name: str, param: LocalParam) -> ParamSpec:
         dtypes = {tensor.dtype for tensor in param.tensors}
         if len(dtypes) > 1:
@@ -198,67 +217,13 @@ class WeightSource:
         return named
 
 
-class GatheringSource(WeightSource):
-    """Weights that are computed, or gathered whole, on every trainer rank for each sync: each has all of them.
-
-    Raises `ValueError` for parameters that FSDP1 or ZeRO-3 has flattened.
-    """
-
-    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
-        """See `WeightSource.gather`. Collective: sharded tensors are gathered one at a time."""
-        self.check_unchanged()
-        for index, tensor in self._full_tensors(order):
-            yield index, [tensor.contiguous()]
-
-    def stable_params(self) -> None:
-        """See `WeightSource.stable_params`: all are made anew."""
-
-    @property
-    def statement(self) -> list[HeldParam]:
-        """See `WeightSource.statement`."""
-        return [HeldParam(spec, (Box.whole(spec.shape),)) for spec in self.manifest.specs]
-
-    def formats(self) -> list[list[LocalFormat]]:
-        """See `WeightSource.formats`."""
-        pairs = zip(self.manifest.specs, super().formats(), strict=True)
-        return [
-            [replace(formats[0], box=(box := Box.whole(spec.shape)), strides=box.strides)] for spec, formats in pairs
-        ]
-
-    def _bind(self, held: dict[str, LocalParam]) -> dict[str, LocalParam]:
-        """Return every checkpoint parameter; its tensor has the dtype and the device, not the elements."""
-        for name, param in held.items():
-            if not isinstance(param.held, DTensor) and param.boxes != (Box.whole(param.shape),):
-                raise ValueError(f"{name}: a peft model that FSDP1 or ZeRO-3 has flattened cannot be gathered")
-        converted = self._converter.converted(held)
-        if converted is None:
-            return held
-        likes = {each.name: held[each.pieces[0].name].tensors for each in converted}
-        return {
-            each.name: LocalParam(each.shape, (Box.whole(each.shape),), likes[each.name], each) for each in converted
-        }
-
-    def _full_tensors(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (index, full tensor) in the given order. Collective."""
-        # The same on all ranks. Checkpoint parameters that are parts of one tensor follow each other.
-        full = lru_cache(CACHED_TENSORS)(lambda name: self._full_tensor(name, self._held[name]))
-        names = list(self._held)
-        for index in order:
-            held = self._params[index].held
-            yield index, held.assemble(full) if isinstance(held, Converted) else full(names[index])
-
-    def _full_tensor(self, name: str, param: LocalParam) -> torch.Tensor:
-        """Return the whole of one of the trainer's parameters. Collective."""
-        return full_tensor(param.held)
+def is_made(param: LocalParam) -> bool:
+    """Return whether the parameter is made of others."""
+    return isinstance(param.held, Converted)
 
 
 def _named_boxes(boxes: Sequence[Box]) -> str:
     return " and ".join(map(str, boxes))
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole of a tensor. Collective if it is sharded."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _take_snapshot(

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -73,6 +73,8 @@ class Job:
         transport: str | None = None,
         adapter: str | None = None,
         names: Conversion | None = None,
+        keep: Sequence[str] = (),
+        keep_frozen: bool = False,
     ) -> PoolBroadcaster:
         """Return a broadcaster of these weights (see `WeightSource` for what they may be). Trainer ranks only.
 
@@ -85,6 +87,12 @@ class Job:
         splits, permutations, reshapes, concatenation and stacking. It is called once, with tensors without data:
 
             names=lambda state: {f"model.{name}": tensor for name, tensor in state.items()}
+
+        Every weight of the engines' model must be sent, but for parts that you say they keep as they have loaded
+        them: `keep` has names of modules or parameters (`keep=["visual", "layers.0"]`; `*` and `?` match parts of a
+        name), whether the trainer has them or not; `keep_frozen` keeps parameters with `requires_grad=False`. Whether
+        they still are what the engines have is not checked. Weights that vLLM's own loader skips, such as layers
+        that predict further tokens, are left out with a warning.
 
         Not collective, but every trainer rank needs one to take part in its syncs. An earlier broadcaster of this job
         is closed: the engines belong to one group at a time. `transport`: None, as configured. Raises `ValueError`
@@ -101,6 +109,8 @@ class Job:
                 adapter=adapter,
                 dtype=self.config.torch_dtype(),
                 names=names,
+                keep=keep,
+                keep_frozen=keep_frozen,
             ),
             pool,
             agreement,

@@ -12,7 +12,6 @@ from torch import distributed as dist
 from rollcast.comm import (
     Deadline,
     Group,
-    Holders,
     Lane,
     PhaseTimer,
     TransferPlan,
@@ -20,7 +19,6 @@ from rollcast.comm import (
     WeightSource,
     host_store,
     join_group,
-    statement_to_text,
 )
 from rollcast.comm.agreement import Agreement
 from rollcast.comm.device.nvml import NVLINK
@@ -40,7 +38,7 @@ from rollcast.rollout.protocol.messages import (
 )
 from rollcast.rollout.protocol.registry import RankInfo
 from rollcast.rollout.sync.outcome import StepOutcome, agree_on
-from rollcast.rollout.sync.published_plan import Blueprint, merge_statements, publish_plan, read_plan
+from rollcast.rollout.sync.published_plan import Blueprint, Statements, publish_plan, read_plan, state
 
 # Most messages of a lane for which "auto" lets a worker read the trainer's memory over NVLink. That is faster for few
 # tensors, but costs more for each message than NCCL does: for the 18,867 tensors of Qwen3-30B-A3B NCCL is faster.
@@ -91,9 +89,8 @@ class Lanes:
         self._store: dist.TCPStore | None = None
         self._groups: dict[int, Group] = {}
         self._sender: WeightBroadcaster | None = None
-        # What each rank holds, as it was stated and merged (rank 0).
-        self._statements: Sequence[str] = ()
-        self._holders: Holders
+        # Of all ranks (rank 0).
+        self._statements = Statements()
         self.plan: TransferPlan | None = None
 
     def exchange_statements(self, topic: str, *, deadline: Deadline) -> None:
@@ -105,12 +102,12 @@ class Lanes:
         if self.plan is not None:
             return
 
-        def take(statements: Sequence[str]) -> str:
-            self._statements, self._holders = statements, merge_statements(statements)
+        def take(texts: Sequence[str]) -> str:
+            self._statements = Statements(texts)
+            self._statements.check()
             return COMPLETE
 
-        own = statement_to_text(self._source.statement)
-        verdict = self._agreement.decide(f"{topic}/holdings", own, take, deadline=deadline)
+        verdict = self._agreement.decide(f"{topic}/holdings", state(self._source), take, deadline=deadline)
         if verdict.late_rank is not None:
             raise SyncError(verdict.error, failures=[Failure(text=verdict.error, phase="agree")])
         if verdict.error:
@@ -179,7 +176,9 @@ class Lanes:
     def _host_rendezvous(self, deadline: Deadline) -> Rendezvous:
         """Rank 0: collect the workers' landing plans and publish a blueprint made of them."""
         try:
-            replies = self._client.request_each(Prepare(self._holders.manifest.to_bytes()), deadline=deadline)
+            stated = self._statements
+            prepare = Prepare(stated.holders.manifest.to_bytes(), stated.kept.to_bytes())
+            replies = self._client.request_each(prepare, deadline=deadline)
             digests = [expect(reply, Prepared).digests for reply in replies]
             landings: dict[str, bytes] = {}
             for engine, of_engine in enumerate(digests):
@@ -189,8 +188,8 @@ class Lanes:
                     landings |= zip(of_engine, expect(reply, LandingPlans).plans, strict=True)
             self._store, address = host_store(self._host, timeout_s=deadline.left_s())
             workers = [digest for of_engine in digests for digest in of_engine]
-            blueprint = Blueprint(self._statements, landings, workers)
-            return Rendezvous(address, publish_plan(blueprint, self._store, self._holders, self._config))
+            blueprint = Blueprint(stated.texts, landings, workers)
+            return Rendezvous(address, publish_plan(blueprint, self._store, stated.holders, self._config))
         except Exception as error:
             return Rendezvous(outcome=StepOutcome.of_error(error, phase="prepare"))
 

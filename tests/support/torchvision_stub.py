@@ -1,11 +1,14 @@
-"""An empty torchvision, where there is none: models that look at images import it, and landings never call it."""
+"""An empty torchvision, where there is none: models that look at images import it, and landings never call it.
+
+Import this before vLLM.
+"""
 
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 
 class _Anything(type):
@@ -25,7 +28,7 @@ class _Dummy(metaclass=_Anything):
 
 class _Package(types.ModuleType):
     __version__ = "0.0"
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -45,7 +48,5 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: types.ModuleType) -> None: ...
 
 
-def stub_torchvision() -> None:
-    """Call before vLLM is imported."""
-    if importlib.util.find_spec("torchvision") is None:
-        sys.meta_path.append(_Finder())
+if importlib.util.find_spec("torchvision") is None:
+    sys.meta_path.append(_Finder())

@@ -9,7 +9,7 @@ import torch
 from shards import put_together, random_shards
 
 from rollcast.comm import Holders, Holding, WeightSource
-from rollcast.comm.transfer.source import GatheringSource
+from rollcast.comm.transfer.gathering import GatheringSource
 
 Tensors = dict[str, torch.Tensor]
 

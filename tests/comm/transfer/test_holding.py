@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from rollcast.comm import Box, Holding, WeightSource
-from rollcast.comm.transfer.source import GatheringSource
+from rollcast.comm.transfer.gathering import GatheringSource
 
 Full = dict[str, torch.Tensor]
 

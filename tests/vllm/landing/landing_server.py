@@ -18,13 +18,11 @@ from typing import Any
 
 os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
 
-from torchvision_stub import stub_torchvision
-
-stub_torchvision()
-
 import architecture_matrix
 import lora_matrix
+import parts
 import torch
+import torchvision_stub  # noqa: F401  (before vLLM)
 from architectures import MOE, build
 from loaded_models import LoadedModels
 from odd_loaders import OddLoaders
@@ -90,6 +88,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "architecture": architecture,
     "adapter": adapter,
     "command": command,
+    "parts": lambda case: parts.CASES[case](models(), FOLDER / "parts" / case),
     "lands": lambda case: odd_loaders().lands(case),
     "refused": lambda case, parameter: odd_loaders().refused(case, parameter),
     "reload": lambda: odd_loaders().reloaded(),
