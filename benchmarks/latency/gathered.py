@@ -5,7 +5,7 @@ It stands for systems that gather a sharded trainer's weights: rollcast itself s
 
 from latency.sharded_weights import RankWeights
 from rollcast.comm import HeldParam, WeightSource
-from rollcast.comm.transfer.source import GatheringSource
+from rollcast.comm.transfer.gathering import GatheringSource
 from rollcast.comm.transport.rendezvous import reachable_host
 from rollcast.rollout import Job, PoolBroadcaster
 

@@ -205,11 +205,19 @@ def localize(source: Region, box: Box, strides: Sequence[int]) -> list[tuple[Reg
     strides allow, for example one where the rank's tensor is contiguous in all but its first dimension.
     """
     wire = Region.whole(source.shape, source.dtype)
+    return [part.regions(source, wire) for part in localize_copy(Strided.of(source, wire), box, strides)]
+
+
+def localize_copy(copy: Strided, box: Box, strides: Sequence[int]) -> list[Strided]:
+    """Return the parts of a copy, whose source elements are all in the box, with a tensor of the box as their source.
+
+    `strides` are those of that tensor.
+    """
     levels = _levels(box, strides)
-    parts = [Strided.of(source, wire)]
+    parts = [copy]
     for period, _, _ in levels:
         parts = [cut_part for part in parts for cut_part in unwrap(part, period)]
-    return [_local(part, levels, box, source, wire) for part in parts]
+    return [_local(part, levels) for part in parts]
 
 
 def _levels(box: Box, strides: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -224,9 +232,7 @@ def _levels(box: Box, strides: Sequence[int]) -> list[tuple[int, int, int]]:
     return levels
 
 
-def _local(
-    part: Strided, levels: Sequence[tuple[int, int, int]], box: Box, source: Region, wire: Region
-) -> tuple[Region, Region]:
+def _local(part: Strided, levels: Sequence[tuple[int, int, int]]) -> Strided:
     offset, rest = 0, part.source
     for full, local, start in levels:
         index, rest = divmod(rest, full)
@@ -235,4 +241,4 @@ def _local(
     for size, stride, target in part.dims:
         full, local, _ = next((level for level in levels if stride % level[0] == 0), (1, 0, 0))
         dims.append((size, stride // full * local, target))
-    return Strided(tuple(dims), offset, part.target).regions(source, wire)
+    return Strided(tuple(dims), offset, part.target)

@@ -16,7 +16,7 @@ import torch
 from rollcast.comm.device.storage import ALIGN_BYTES
 from rollcast.comm.plan.buckets import Bucket, Message, Move, fill_buckets
 from rollcast.comm.plan.holders import Boxes, Holders, cut_moves
-from rollcast.comm.plan.manifest import Manifest
+from rollcast.comm.plan.manifest import Manifest, ParamSpec
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,12 @@ class TransferPlan:
     """Parameters (indices into the manifest) in the order in which they are sent."""
     lanes: tuple[Lane, ...]
 
+    @property
+    def skipped(self) -> list[ParamSpec]:
+        """Parameters that no worker has a place for, which are not sent."""
+        sent = set(self.order)
+        return [spec for param, spec in enumerate(self.manifest.specs) if param not in sent and spec.numel]
+
     @cached_property
     def digest(self) -> str:
         """Hexadecimal SHA-256 of the whole plan: equal digests mean equal plans."""
@@ -105,15 +111,11 @@ def build_transfer(
     """Plan the sync of what trainer ranks hold into workers, of which worker `i` keeps `landings[workers[i]]`.
 
     Deterministic, without communication. `landings` maps a digest to moves in the order of the worker's memory. With
-    `paired`, each worker has lanes of its own, and the trainer rank of its number sends it all that it holds. Raises
-    `ValueError` naming the first parameter that no worker keeps.
+    `paired`, each worker has lanes of its own, and the trainer rank of its number sends it all that it holds. What no
+    worker has a place for is not sent.
     """
     manifest = wire_manifest(holders.manifest, landings.values())
     holders = replace(holders, manifest=manifest)
-    kept = {move.param for moves in landings.values() for move in moves}
-    for index, spec in enumerate(manifest.specs):
-        if index not in kept and spec.numel:
-            raise ValueError(f"the engine's model has no place for parameter {spec}: do not send it")
     order = memory_order(landings.values())
     lanes: list[Lane] = []
     for digest, receivers, shares in _receivers(holders, landings, workers, paired=paired):

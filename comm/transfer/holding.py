@@ -50,6 +50,9 @@ class Holding:
         return Box(view, tuple(self.start), tuple(stop))
 
 
+# bitsandbytes' kinds of parameters, whose elements are not the weight's.
+PACKED_KINDS = frozenset({"Params4bit", "Int8Params"})
+
 Held = torch.Tensor | Holding | tuple[Holding, ...]
 """A parameter as a state dict lists it."""
 Weights = torch.nn.Module | Mapping[str, Held]
@@ -64,10 +67,22 @@ class LocalParam:
     tensors: tuple[torch.Tensor, ...]
     held: Any
     """The object in the module or state dict."""
+    views_of: tuple[torch.Tensor, ...] = ()
+    """The trainer's own tensors that `tensors` are views of. Empty: they are these."""
+
+    @property
+    def owners(self) -> tuple[torch.Tensor, ...]:
+        """The trainer's own tensors that have the elements."""
+        return self.views_of or self.tensors
 
 
 def local_param(name: str, held: Any) -> LocalParam:
     """Return what this rank holds of a parameter. Raises `ValueError` for what is no tensor, or cannot be sent."""
+    if hasattr(held, "quant_state") or type(held).__name__ in PACKED_KINDS:
+        raise ValueError(
+            f"{name} is packed by bitsandbytes ({type(held).__name__}): send dequantised weights (model.dequantize()), "
+            "or only the adapter, to engines with a lora_rank"
+        )
     if isinstance(held, DTensor):
         return LocalParam(tuple(held.shape), (box_of_shard(name, held),), (local_tensor(held).detach(),), held)
     if isinstance(held, torch.Tensor):
@@ -150,6 +165,11 @@ def flat_partition(name: str, param: torch.Tensor) -> Holding | None:
     """
     share: Any = getattr(param, "ds_tensor", None)
     if share is None:
+        if hasattr(param, "ds_id") and not param.numel():
+            raise ValueError(
+                f"{name} is partitioned by DeepSpeed ZeRO-3, and this rank's share (ds_tensor) is not there: sync "
+                "between two steps, outside of deepspeed.zero.GatheredParameters"
+            )
         return None
     # `PartitionedParamStatus` of DeepSpeed, which is not imported.
     if getattr(getattr(share, "status", None), "name", "AVAILABLE") != "AVAILABLE":

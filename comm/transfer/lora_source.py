@@ -5,7 +5,7 @@ peft itself is not imported: everything that is needed is an attribute of its mo
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,12 @@ import torch
 from torch import nn
 
 from rollcast.comm.plan.manifest import Manifest
+from rollcast.comm.transfer.checkpoint_names import checkpoint_names
+from rollcast.comm.transfer.conversion import Conversion
+from rollcast.comm.transfer.gathering import GatheringSource, full_tensor
 from rollcast.comm.transfer.holding import LocalParam, Weights, local_param
-from rollcast.comm.transfer.source import GatheringSource, WeightSource, full_tensor, plain_name, unwrap
+from rollcast.comm.transfer.source import WeightSource
+from rollcast.comm.transfer.wrappers import plain_name, unwrap
 
 # What peft puts before the names of the model that it wraps.
 PEFT_PREFIX = "base_model.model."
@@ -74,7 +78,8 @@ class AdapterSource(GatheringSource):
     def __init__(self, model: nn.Module, *, adapter: str | None = None) -> None:
         self._layers = lora_layers(model, adapter=adapter, merged=False)
         self._scaled: dict[str, LoraLayer] = {f"{layer.name}.lora_B.weight": layer for layer in self._layers}
-        super().__init__(model)
+        # An adapter's names stay as they are.
+        super().__init__(model, names=dict)
 
     @property
     def settings(self) -> str:
@@ -82,10 +87,9 @@ class AdapterSource(GatheringSource):
         scalings = repr([layer.scaling for layer in self._layers])
         return f", scaling {hashlib.sha256(scalings.encode()).hexdigest()[:8]}"
 
-    def _full_tensors(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        for param, tensor in super()._full_tensors(order):
-            layer = self._scaled.get(self.manifest.specs[param].name)
-            yield param, tensor * layer.scaling if layer is not None and layer.scaling != 1.0 else tensor
+    def _full_tensor(self, name: str, param: LocalParam) -> torch.Tensor:
+        layer, tensor = self._scaled.get(name), super()._full_tensor(name, param)
+        return tensor * layer.scaling if layer is not None and layer.scaling != 1.0 else tensor
 
     def _named(self) -> dict[str, LocalParam]:
         named = [(f"{layer.name}.lora_{half}.weight", part) for layer in self._layers for half, part in layer.halves()]
@@ -99,10 +103,17 @@ class MergedSource(GatheringSource):
     at a time. Raises `ValueError` for adapters that need more than A and B.
     """
 
-    def __init__(self, model: nn.Module, *, adapter: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        adapter: str | None = None,
+        names: Conversion | None = None,
+        keep: Sequence[str] = (),
+    ) -> None:
         layers = lora_layers(model, adapter=adapter, merged=True)
         self._merged = {base_name(f"{layer.name}.base_layer.weight"): layer for layer in layers}
-        super().__init__(model)
+        super().__init__(model, names=names or checkpoint_names(_base_model(model)), keep=keep)
 
     def current_manifest(self) -> Manifest:
         """See `WeightSource.current_manifest`. Raises `ValueError` when peft itself has merged an adapter."""
@@ -111,10 +122,9 @@ class MergedSource(GatheringSource):
                 raise ValueError(f"{layer.name}: peft has merged an adapter already: call unmerge_adapter() first")
         return super().current_manifest()
 
-    def _full_tensors(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        for param, tensor in super()._full_tensors(order):
-            layer = self._merged.get(self.manifest.specs[param].name)
-            yield param, tensor if layer is None else (tensor + layer.delta()).to(tensor.dtype)
+    def _full_tensor(self, name: str, param: LocalParam) -> torch.Tensor:
+        layer, tensor = self._merged.get(name), super()._full_tensor(name, param)
+        return tensor if layer is None else (tensor + layer.delta()).to(tensor.dtype)
 
     def _named(self) -> dict[str, LocalParam]:
         named = {base_name(name): tensor for name, tensor in super()._named().items() if not _is_lora(name)}
@@ -124,21 +134,33 @@ class MergedSource(GatheringSource):
         return named
 
 
-def open_source(weights: Weights, *, adapters: bool, adapter: str | None = None) -> WeightSource:
+def open_source(
+    weights: Weights,
+    *,
+    adapters: bool,
+    adapter: str | None = None,
+    names: Conversion | None = None,
+    keep: Sequence[str] = (),
+    keep_frozen: bool = False,
+) -> WeightSource:
     """Make the source for `weights`, and for engines that take LoRA adapters (`adapters`) or full weights.
 
     A peft model's adapter is merged for engines that take full weights. `adapter` names the one to send, if the peft
-    model has several active. Raises `ValueError` for weights that the engines cannot take.
+    model has several active. The others: see `WeightSource`. Raises `ValueError` for weights that the engines cannot
+    take.
     """
     if isinstance(weights, nn.Module) and hasattr(unwrap(weights), "peft_config"):
-        source = AdapterSource if adapters else MergedSource
-        return source(weights, adapter=adapter)
+        if keep_frozen:
+            raise ValueError("keep_frozen is not for peft models, whose base weights are frozen: name what to keep")
+        if adapters:
+            return AdapterSource(weights, adapter=adapter)
+        return MergedSource(weights, adapter=adapter, names=names, keep=keep)
     if adapters:
         raise ValueError(
             "engines with lora_rank keep their base weights and take adapters: pass the peft model, or start the "
             "engines without lora_rank to send full weights"
         )
-    return WeightSource(weights)
+    return WeightSource(weights, names=names, keep=keep, keep_frozen=keep_frozen)
 
 
 def lora_layers(model: nn.Module, *, adapter: str | None, merged: bool) -> list[LoraLayer]:
@@ -164,6 +186,12 @@ def lora_layers(model: nn.Module, *, adapter: str | None, merged: bool) -> list[
 def base_name(name: str) -> str:
     """Return the name of a base weight in the model without peft."""
     return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+
+
+def _base_model(model: nn.Module) -> Any:
+    """Return the model that peft wraps, or that has the adapters itself."""
+    peft_model: Any = unwrap(model)
+    return peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
 
 
 def _is_lora(name: str) -> bool:

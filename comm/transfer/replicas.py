@@ -7,30 +7,30 @@ import torch
 from rollcast.comm.device.checksum import checksum
 from rollcast.comm.device.storage import flat_bytes
 from rollcast.comm.plan.box import Box
-from rollcast.comm.plan.holders import Holders, Overlap
-from rollcast.comm.plan.manifest import ParamSpec
+from rollcast.comm.plan.holders import Overlap
+from rollcast.comm.plan.manifest import Manifest, ParamSpec
 from rollcast.comm.transfer.source import WeightSource
 
 # Elements that are cast and copied at a time.
 CHUNK_NUMEL = 1 << 24
 
 
-def replica_checksums(source: WeightSource, holders: Holders, overlaps: Sequence[Overlap]) -> dict[int, list[int]]:
+def replica_checksums(source: WeightSource, manifest: Manifest, overlaps: Sequence[Overlap]) -> dict[int, list[int]]:
     """Return the checksums of this rank's tensors, as they would be sent, by index of the overlap.
 
-    Every rank that holds an overlap must get the same numbers for it. Collective if the source gathers. Raises
-    `ValueError` for weights that no longer match the manifest.
+    `manifest` is the transfer plan's, with the dtypes of the wire. Every rank that holds an overlap must get the same
+    numbers for it. Collective if the source gathers. Raises `ValueError` for weights that no longer match theirs.
     """
     index = {spec.name: number for number, spec in enumerate(source.manifest.specs)}
     numbers: dict[int, list[int]] = {}
     for number, overlap in enumerate(overlaps):
-        if (param := index.get(holders.manifest.specs[overlap.param].name)) is not None:
+        if (param := index.get(manifest.specs[overlap.param].name)) is not None:
             numbers.setdefault(param, []).append(number)
     boxes = [held.boxes for held in source.statement]
     sums: dict[int, list[torch.Tensor]] = {}
     for param, tensors in source.gather(sorted(numbers)):
-        spec = source.manifest.specs[param]
         for number in numbers[param]:
+            spec = manifest.specs[overlaps[number].param]
             for box, tensor in zip(boxes[param], tensors, strict=True):
                 if (part := _part(spec, box, tensor, overlaps[number].box)) is not None:
                     sums.setdefault(number, []).append(_sum(part, spec.dtype))

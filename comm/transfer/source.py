@@ -1,23 +1,22 @@
 """The trainer's weights: their specs, what this rank holds of them, and these parts in any order (trainer)."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from rollcast.comm.device.storage import ModuleSnapshot, StorageSnapshot, storage_id, tensor_id
 from rollcast.comm.plan.box import Box
 from rollcast.comm.plan.holders import HeldParam
+from rollcast.comm.plan.kept import Kept
 from rollcast.comm.plan.manifest import Manifest, ParamSpec
-from rollcast.comm.transfer.fsdp import fsdp1_state, has_other_hooks, reshard
+from rollcast.comm.transfer.checkpoint_names import checkpoint_names
+from rollcast.comm.transfer.conversion import Conversion, Converted, Converter
+from rollcast.comm.transfer.fsdp import has_other_hooks, reshard
 from rollcast.comm.transfer.holding import LocalParam, Weights, local_param, tensors_of
-
-# Wrappers that add a level to the names of the modules they wrap, and no weight of their own.
-WRAPPER_LEVELS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+from rollcast.comm.transfer.wrappers import state_of, unwrap
 
 # With at least this many tensors, reading all their addresses takes milliseconds: it is done bucket by bucket instead.
 MANY_TENSORS = 2048
@@ -46,14 +45,32 @@ class WeightSource:
     gathered. Parameters and persistent buffers are sent; a tensor that has two names (tied weights) is sent once, under
     the first. The manifest states the trainer's own dtypes, and each worker's plan the dtype in which it receives a
     tensor (fp32 masters are cast while packing). With `dtype`, the manifest states that of all floating-point tensors.
-    Raises `ValueError` for weights that cannot be sent.
+    It has checkpoint names and shapes: those that `save_pretrained` would write for a model of transformers, the
+    trainer's own for anything else, or what the function `names` makes of the trainer's tensors (see `conversion.py`).
+    What matches a pattern of `keep` (see `Kept`) is not sent, nor, with `keep_frozen`, what is made of parameters with
+    `requires_grad=False` alone. Raises `ValueError` for weights that cannot be sent.
     """
 
-    def __init__(self, weights: Weights, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        dtype: torch.dtype | None = None,
+        names: Conversion | None = None,
+        keep: Sequence[str] = (),
+        keep_frozen: bool = False,
+    ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         self._weights = weights
         self._dtype = dtype
+        model = unwrap(weights) if isinstance(weights, nn.Module) else None
+        self._converter = Converter(names or (checkpoint_names(model) if model is not None else None))
+        self._keep_frozen = keep_frozen
+        self.kept = Kept(patterns=tuple(keep))
+        """What this rank has and does not send, as of the last `current_manifest`."""
+        # What this rank holds, by the trainer's names.
+        self._held: dict[str, LocalParam] = {}
         # None: tensors are made anew for each sync.
         self._module_snapshot: ModuleSnapshot | None = None
         # The objects in the module or state dict that the tensors of each parameter are aliases of: when the trainer
@@ -92,9 +109,15 @@ class WeightSource:
         if self._module_snapshot is None or not self._module_snapshot.unchanged():
             reshard(self._weights)
         if self._module_snapshot is None or not self._module_snapshot.unchanged():
-            named = self._named()
-            self._params = list(named.values())
-            manifest = Manifest(tuple(self._spec(name, param) for name, param in named.items()))
+            self._held = self._named()
+            bound = self._bind(self._held)
+            specs = {name: self._spec(name, param) for name, param in bound.items()}
+            kept = [spec for name, spec in specs.items() if self._is_kept(name, bound[name])]
+            self.kept = Kept(Manifest(tuple(kept)), self.kept.patterns)
+            for spec in kept:
+                del bound[spec.name], specs[spec.name]
+            self._params = list(bound.values())
+            manifest = Manifest(tuple(specs.values()))
             # The same object while nothing differs: syncs compare objects first, and thousands of specs take 10 ms.
             if manifest != self._manifest:
                 self._manifest = manifest
@@ -135,7 +158,8 @@ class WeightSource:
 
     def storage_snapshot(self, params: Sequence[int]) -> StorageSnapshot:
         """Return where some parameters are in memory now. Only for `stable_params`."""
-        return StorageSnapshot([owner for param in params for owner in self._owners[param]])
+        owners = {id(owner): owner for param in params for owner in self._owners[param]}
+        return StorageSnapshot([*owners.values()])
 
     def stable_params(self) -> list[LocalParam] | None:
         """Return the tensors of the last `current_manifest` if `gather` yields exactly these, sync after sync.
@@ -147,7 +171,7 @@ class WeightSource:
 
     def release(self) -> None:
         """Drop all references to the tensors; the next `current_manifest` finds them again."""
-        self._module_snapshot, self._params, self._checked, self._owners = None, [], [], []
+        self._module_snapshot, self._held, self._params, self._checked, self._owners = None, {}, [], [], []
 
     def formats(self) -> list[list[LocalFormat]]:
         """Return how this rank's tensors of each parameter are in memory."""
@@ -158,6 +182,12 @@ class WeightSource:
             ]
             for param in self._params
         ]
+
+    def _is_kept(self, name: str, param: LocalParam) -> bool:
+        if self.kept.matches(name):
+            return True
+        made_of = [self._held[each.name].held for each in param.held.pieces] if is_made(param) else [param.held]
+        return self._keep_frozen and all(isinstance(p, nn.Parameter) and not p.requires_grad for p in made_of)
 
     def _spec(self, name: str, param: LocalParam) -> ParamSpec:
         dtypes = {tensor.dtype for tensor in param.tensors}
@@ -171,8 +201,12 @@ class WeightSource:
         dtype = self._dtype if self._dtype and cast else tensor.dtype
         return ParamSpec(name, param.shape, dtype)
 
+    def _bind(self, held: dict[str, LocalParam]) -> dict[str, LocalParam]:
+        """Return what this rank holds of the checkpoint's parameters, by their names."""
+        return self._converter.bind(held)
+
     def _named(self) -> dict[str, LocalParam]:
-        """Return what to send, by name."""
+        """Return what this rank holds, by the trainer's names."""
         named: dict[str, LocalParam] = {}
         seen: set[object] = set()
         for name, held in state_of(self._weights):
@@ -184,80 +218,13 @@ class WeightSource:
         return named
 
 
-class GatheringSource(WeightSource):
-    """Weights that are computed, or gathered whole, on every trainer rank for each sync: each has all of them.
-
-    Raises `ValueError` for parameters that FSDP1 or ZeRO-3 has flattened.
-    """
-
-    def gather(self, order: Sequence[int]) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
-        """See `WeightSource.gather`. Collective: sharded tensors are gathered one at a time."""
-        self.check_unchanged()
-        for index, tensor in self._full_tensors(order):
-            yield index, [tensor.contiguous()]
-
-    def stable_params(self) -> None:
-        """See `WeightSource.stable_params`: all are made anew."""
-
-    @property
-    def statement(self) -> list[HeldParam]:
-        """See `WeightSource.statement`."""
-        return [HeldParam(spec, (Box.whole(spec.shape),)) for spec in self.manifest.specs]
-
-    def formats(self) -> list[list[LocalFormat]]:
-        """See `WeightSource.formats`."""
-        pairs = zip(self.manifest.specs, super().formats(), strict=True)
-        return [
-            [replace(formats[0], box=(box := Box.whole(spec.shape)), strides=box.strides)] for spec, formats in pairs
-        ]
-
-    def current_manifest(self) -> Manifest:
-        """See `WeightSource.current_manifest`."""
-        manifest = super().current_manifest()
-        for spec, param in zip(manifest.specs, self._params, strict=True):
-            if not isinstance(param.held, DTensor) and param.boxes != (Box.whole(param.shape),):
-                raise ValueError(f"{spec.name}: a peft model that FSDP1 or ZeRO-3 has flattened cannot be gathered")
-        return manifest
-
-    def _full_tensors(self, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (index, full tensor) in the given order. Collective."""
-        params = self._params
-        for index in order:
-            yield index, full_tensor(params[index].held)
+def is_made(param: LocalParam) -> bool:
+    """Return whether the parameter is made of others."""
+    return isinstance(param.held, Converted)
 
 
 def _named_boxes(boxes: Sequence[Box]) -> str:
     return " and ".join(map(str, boxes))
-
-
-def state_of(weights: Weights) -> Iterator[tuple[str, Any]]:
-    """Yield every parameter and persistent buffer as this rank has it, by the name that a plain model gives it."""
-    if isinstance(weights, Mapping):
-        yield from weights.items()
-        return
-    module = unwrap(weights)
-    state = fsdp1_state(module)
-    for name, held in (module.state_dict(keep_vars=True) if state is None else state).items():
-        yield plain_name(name), held
-
-
-def plain_name(name: str) -> str:
-    """Return the name of a parameter or module without the levels that wrappers add."""
-    return ".".join(level for level in name.split(".") if level not in WRAPPER_LEVELS)
-
-
-def unwrap(module: nn.Module) -> Any:
-    """Return the model inside wrappers that have no weights of their own: DDP, DeepSpeed's engine, torch.compile."""
-    while [*module._modules] in (["module"], ["_orig_mod"]) and not module._parameters and not module._buffers:
-        (inner,) = module._modules.values()
-        assert inner is not None
-        module = inner
-    return module
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole of a tensor. Collective if it is sharded."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _take_snapshot(
@@ -278,7 +245,7 @@ def _take_snapshot(
     at: dict[object, list[torch.Tensor]] = defaultdict(list)
     for tensor in snapshot.tensors:
         at[_position(tensor)].append(tensor)
-    owners = [[owner for each in param.tensors for owner in at.get(_position(each), [])] for param in params]
+    owners = [[owner for each in param.owners for owner in at.get(_position(each), [])] for param in params]
     return (snapshot, owners) if all(owners) else (None, [])
 
 

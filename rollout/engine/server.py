@@ -151,7 +151,7 @@ class EngineServer:
             case Abort():
                 await self._engine.abort(request.request_ids)
             case Prepare():
-                return Prepared(await self._engine.sync.prepare(request.manifest))
+                return Prepared(await self._engine.sync.prepare(request.manifest, request.kept))
             case DescribeLanding():
                 return LandingPlans(await self._engine.workers.call("rollcast_describe_landing", phase=phase))
             case JoinGroup():

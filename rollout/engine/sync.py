@@ -62,10 +62,10 @@ class EngineSync:
         under_way = self._under_way is not None and not self._under_way.done()
         return under_way or self._state in (WeightState.RECEIVING, WeightState.STAGED)
 
-    async def prepare(self, manifest: bytes) -> list[str]:
+    async def prepare(self, manifest: bytes, kept: bytes) -> list[str]:
         """Compile the landing plan in every worker. Return the digest of each worker's plan."""
         await self._ensure_awake()
-        return await self._workers.call("rollcast_prepare", manifest, phase="prepare")
+        return await self._workers.call("rollcast_prepare", manifest, kept, phase="prepare")
 
     async def join(self, request: JoinGroup) -> None:
         """Join the group of its lane with every worker."""

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from rollcast.comm import Deadline, open_source
+from rollcast.comm import Conversion, Deadline, open_source
 from rollcast.comm.agreement import Agreement
 from rollcast.comm.transport.rendezvous import reachable_host
 from rollcast.rollout.config import RolloutConfig
@@ -74,11 +74,27 @@ class Job:
         *,
         transport: str | None = None,
         adapter: str | None = None,
+        names: Conversion | None = None,
+        keep: Sequence[str] = (),
+        keep_frozen: bool = False,
     ) -> PoolBroadcaster:
         """Return a broadcaster of these weights (see `WeightSource` for what they may be). Trainer ranks only.
 
         From a peft model it sends only the LoRA adapter if the engines have a `lora_rank`, else the base weights with
         the adapter merged into them; `adapter` names one where several are active.
+
+        Engines take checkpoint names. Those of a transformers model are found by transformers' own conversion, run
+        backwards as in `save_pretrained`; for a state dict in such a model's names pass `checkpoint_names(model)`. A
+        function of your own takes the trainer's full tensors by name and returns the checkpoint's, made by views,
+        splits, permutations, reshapes, concatenation and stacking. It is called once, with tensors without data:
+
+            names=lambda state: {f"model.{name}": tensor for name, tensor in state.items()}
+
+        Every weight of the engines' model must be sent, but for parts that you say they keep as they have loaded
+        them: `keep` has names of modules or parameters (`keep=["visual", "layers.0"]`; `*` and `?` match parts of a
+        name), whether the trainer has them or not; `keep_frozen` keeps parameters with `requires_grad=False`. Whether
+        they still are what the engines have is not checked. Weights that vLLM's own loader skips, such as layers
+        that predict further tokens, are left out with a warning.
 
         Not collective, but every trainer rank needs one to take part in its syncs. An earlier broadcaster of this job
         is closed: the engines belong to one group at a time. `transport`: None, as configured. Raises `ValueError`
@@ -91,7 +107,14 @@ class Job:
             raise ValueError("trainers without GPUs (trainer_gpus=False) cannot send weights to engines that have some")
         name = f"sync/{next(self._broadcaster_numbers)}"
         try:
-            source = open_source(weights, adapters=self.config.lora_rank is not None, adapter=adapter)
+            source = open_source(
+                weights,
+                adapters=self.config.lora_rank is not None,
+                adapter=adapter,
+                names=names,
+                keep=keep,
+                keep_frozen=keep_frozen,
+            )
         except Exception as error:
             # The other ranks' first sync would wait for this rank.
             refuse_first_sync(agreement, name, error)

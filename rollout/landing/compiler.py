@@ -15,29 +15,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from rollcast.comm import Manifest, Move, Region
+from rollcast.comm import Kept, Manifest, Move, ParamSpec, Region
 from rollcast.comm.device.storage import tensor_id
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.coverage import ElementSet
 from rollcast.rollout.landing.dtypes import assumed_manifest, landed_manifest
+from rollcast.rollout.landing.explain import explain
+from rollcast.rollout.landing.kept import leave_out
 from rollcast.rollout.landing.plan import Fill, LandingPlan, Stage, Target, input_name
 from rollcast.rollout.landing.post_load import derived_attention, staged_modules
 from rollcast.rollout.landing.recorder import Recorder
 from rollcast.rollout.landing.tape import Op, Ref, mark_transforms
 from rollcast.rollout.landing.vllm_reload import LoadFormat, live_tensors, load_format
 
+NOTHING_KEPT = Kept()
 Loader = Callable[[Iterator[tuple[str, torch.Tensor]]], Any]
 
 
-def compile_landing(model: Any, manifest: Manifest, *, dtype: torch.dtype) -> LandingPlan:
-    """Return the plan of one vLLM worker for its model as it is. `dtype` is the engine's.
+def compile_landing(model: Any, manifest: Manifest, *, dtype: torch.dtype, kept: Kept = NOTHING_KEPT) -> LandingPlan:
+    """Return the plan of one vLLM worker for its model as it is. `dtype` is the engine's; `kept` is not sent.
 
     `manifest` states the trainer's own dtypes; that of the plan has those of the wire. The model's weights are not
     touched, and it can go on serving. All workers of an engine call it (some of vLLM's processing is collective).
     Raises `LandingError` for a loader that cannot be followed.
     """
-    run = _run_loader(model, assumed_manifest(manifest, dtype))
-    landed = landed_manifest(manifest, run.recording.landing_dtypes())
+    everything = Manifest((*manifest.specs, *kept.manifest.specs))
+    run = _run_loader(model, assumed_manifest(everything, dtype))
+    landed = landed_manifest(everything, run.recording.landing_dtypes())
     if landed != run.manifest:
         run = _run_loader(model, landed)
     plan = assemble(
@@ -50,7 +54,8 @@ def compile_landing(model: Any, manifest: Manifest, *, dtype: torch.dtype) -> La
     )
     refused = [f"{name}: its loader puts another tensor in its place" for name in run.rebound]
     refused += _misplaced(model, plan)
-    return replace(plan, attention=tuple(derived_attention(model, dtype)), refused=tuple(refused))
+    plan = replace(plan, attention=tuple(derived_attention(model, dtype)), refused=tuple(refused))
+    return leave_out(plan, manifest, kept)
 
 
 @dataclass(frozen=True)
@@ -128,17 +133,21 @@ def record(load_weights: Loader, targets: Mapping[str, torch.Tensor], manifest: 
     sources: list[torch.Tensor] = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in manifest.specs]
     recorder = Recorder(sources, targets)
 
+    last: ParamSpec | None = None
+
     def feed() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal last
         for index, spec in enumerate(manifest.specs):
-            recorder.current = f"parameter {spec}"
+            recorder.current, last = f"parameter {spec}", spec
             yield spec.name, sources[index]
         recorder.current += ", the last one, or one that it had put aside"
+        last = None
 
     try:
         with torch.no_grad(), recorder:
             load_weights(feed())
     except Exception as error:
-        why = str(error) or f"{type(error).__name__} without a message"
+        why = explain(error, last, targets)
         raise LandingError(f"vLLM's loader does not take {recorder.current}: {why}") from error
     sources.clear()
     if any(recorder.still_referenced()):

@@ -33,7 +33,10 @@ def coverage(whole: Region, written: Sequence[Region], filled: Sequence[Region])
     if _count(_union(expected, covered)) > _count(expected):
         return "the loader writes outside of it"
     missing = whole.numel - _count(covered)
-    return f"{missing} of {whole.numel} elements would not be written: the trainer does not send what they need"
+    return (
+        f"{missing} of {whole.numel} elements would not be written: the trainer does not send what they need, nor says "
+        "by keep= of job.broadcaster() that the engine keeps what it has"
+    )
 
 
 class ElementSet:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from rollcast.comm import Manifest, ParamSpec
+from rollcast.comm import Manifest, ParamSpec, checkpoint_names
 from rollcast.rollout.errors import PreflightError
 from rollcast.rollout.landing.vllm_reload import move_to_meta
 
@@ -107,10 +107,9 @@ class OfflineModels:
 def missing_architecture(folder: str | Path) -> dict[str, Any]:
     """Return vLLM's setting for a config.json that names no architecture: vLLM would find no language model in it."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    known: Any = transformers.AutoModelForCausalLM._model_mapping
-    if config.architectures or type(config) not in known:
+    if config.architectures:
         return {}
-    return {"hf_overrides": {"architectures": [known[type(config)].__name__]}}
+    return {"hf_overrides": {"architectures": [_model_kind(config)._model_mapping[type(config)].__name__]}}
 
 
 def checkpoint_manifest(folder: str | Path) -> Manifest:
@@ -159,14 +158,27 @@ def _specs_of_config(folder: str | Path) -> Specs:
         raise PreflightError(f"{folder} has no config.json: pass the folder of a Hugging Face model")
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+        model = _model_kind(config).from_config(config)
     dtype: Any = config.dtype or torch.float32
+    # Tied weights are one object, of which checkpoints have one.
+    tensors = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    state = {name: tensor.detach() for name, tensor in reversed(tensors.values())}
+    conversion = checkpoint_names(model)
     return [
         (name, tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in model.state_dict().items()
-        if name not in tied
+        for name, tensor in (conversion(state) if conversion else state).items()
     ]
+
+
+def _model_kind(config: Any) -> Any:
+    """Return the transformers class that makes a model of what config.json names."""
+    auto = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    auto = (*auto, transformers.AutoModelForSequenceClassification, transformers.AutoModel)
+    named = (config.architectures or [""])[0]
+    made = {kind: mapping.get(type(config), None) for kind in auto if (mapping := kind._model_mapping) is not None}
+    return next((kind for kind, model in made.items() if getattr(model, "__name__", None) == named), None) or next(
+        kind for kind, model in made.items() if model is not None
+    )
 
 
 @contextmanager

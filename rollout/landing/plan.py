@@ -91,6 +91,8 @@ class LandingPlan:
     """Constants of the loader."""
     attention: tuple[str, ...] = ()
     """Attention layers that compute weights of their own from others (MLA): processed when everything has arrived."""
+    kept: tuple[tuple[str, Region], ...] = ()
+    """(live tensor, region of it) that stays as the engine has it."""
     refused: tuple[str, ...] = ()
     """What cannot be expressed, each naming a parameter or module."""
 
@@ -132,6 +134,7 @@ class LandingPlan:
                 "stages": [_encode_stage(stage) for stage in self.stages],
                 "values": [to_plain(value) for value in self.values],
                 "attention": self.attention,
+                "kept": [[name, to_plain(region)] for name, region in self.kept],
                 "refused": self.refused,
             }
         )
@@ -148,6 +151,7 @@ class LandingPlan:
             stages=tuple(_decode_stage(stage) for stage in plain["stages"]),
             values=from_plain(plain["values"]),
             attention=tuple(plain["attention"]),
+            kept=tuple((name, from_plain(region)) for name, region in plain["kept"]),
             refused=tuple(plain["refused"]),
         )
 
@@ -159,11 +163,13 @@ class LandingPlan:
                 yield f"{move.target}: the trainer's {self.manifest.specs[move.param]} does not fit into {live}"
 
     def _writes(self) -> tuple[dict[str, list[Region]], dict[str, list[Region]]]:
-        """Return, by target, the regions that get weights and the regions that are set to constants."""
+        """Return, by target, the regions that get weights, and those that are set to constants or kept."""
         written: dict[str, list[Region]] = defaultdict(list)
         filled: dict[str, list[Region]] = defaultdict(list)
         for move in self.moves:
             written[move.target].append(move.region)
+        for name, region in self.kept:
+            filled[name].append(region)
         for fill in self.fills:
             filled[str(fill.target.key)].append(fill.target.region)
         for op in (op for stage in self.stages for op in stage.tape):

@@ -56,8 +56,14 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         tensors = _tensors((*args, *kwargs.values()))
-        if not any(map(self._is_known, tensors)) and not _is_made_on_meta(kwargs):
-            return func(*args, **kwargs)
+        if not any(map(self._is_known, tensors)):
+            if tensors and func is aten._to_copy.default:
+                # What the loader puts beside a weight, such as numbers of experts, keeps its values.
+                kwargs.pop("device", None)
+            if not _is_made_on_meta(kwargs):
+                return func(*args, **kwargs)
+        if func is aten.index.Tensor and (rows := _evenly_spaced(args[1])) is not None:
+            return args[0][rows]
         if func is aten.scalar_tensor.default:
             return func(*args, **kwargs | {"device": torch.device("cpu")})
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -211,6 +217,18 @@ def _on_meta(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
         return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
     return leaf
+
+
+def _evenly_spaced(indices: Sequence[Any]) -> slice | None:
+    """Return the slice that selects the same of the first dimension; None if there is none, or it is not known."""
+    if len(indices) != 1 or not isinstance(indices[0], torch.Tensor) or indices[0].is_meta or indices[0].dim() != 1:
+        return None
+    numbers: list[int] = indices[0].tolist()
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if indices[0].dtype == torch.bool or not numbers or step < 1 or numbers[0] < 0:
+        return None
+    rows = slice(numbers[0], numbers[-1] + 1, step)
+    return rows if numbers == [*range(rows.start, rows.stop, step)] else None
 
 
 def _is_made_on_meta(kwargs: Mapping[str, Any]) -> bool:

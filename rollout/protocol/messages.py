@@ -49,6 +49,8 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     """Compile the landing plan of a manifest in every worker. Answered by `Prepared`."""
 
     manifest: bytes
+    kept: bytes
+    """`Kept.to_bytes()`: what the engine keeps as it has it."""
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):

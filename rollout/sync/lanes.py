@@ -12,7 +12,6 @@ from torch import distributed as dist
 from rollcast.comm import (
     Deadline,
     Group,
-    Holders,
     Lane,
     PhaseTimer,
     TransferPlan,
@@ -20,7 +19,6 @@ from rollcast.comm import (
     WeightSource,
     host_store,
     join_group,
-    statement_to_text,
 )
 from rollcast.comm.agreement import Agreement
 from rollcast.comm.transport.rendezvous import connect_store
@@ -39,7 +37,7 @@ from rollcast.rollout.protocol.messages import (
 )
 from rollcast.rollout.protocol.registry import RankInfo
 from rollcast.rollout.sync.outcome import StepOutcome, agree_on
-from rollcast.rollout.sync.published_plan import Blueprint, merge_statements, publish_plan, read_plan
+from rollcast.rollout.sync.published_plan import Blueprint, Statements, publish_plan, read_plan, state
 from rollcast.rollout.sync.replicas import Replicas
 from rollcast.rollout.sync.transport_choice import choose_transport
 
@@ -88,9 +86,8 @@ class Lanes:
         self._groups: dict[int, Group] = {}
         self._sender: WeightBroadcaster | None = None
         self._replicas: Replicas
-        # What each rank holds, as it was stated and merged (rank 0).
-        self._statements: Sequence[str] = ()
-        self._holders: Holders
+        # Of all ranks (rank 0).
+        self._statements = Statements()
         self.plan: TransferPlan | None = None
 
     def exchange_statements(self, topic: str, *, deadline: Deadline) -> None:
@@ -102,12 +99,12 @@ class Lanes:
         if self.plan is not None:
             return
 
-        def take(statements: Sequence[str]) -> str:
-            self._statements, self._holders = statements, merge_statements(statements)
+        def take(texts: Sequence[str]) -> str:
+            self._statements = Statements(texts)
+            self._statements.check()
             return COMPLETE
 
-        own = statement_to_text(self._source.statement)
-        verdict = self._agreement.decide(f"{topic}/holdings", own, take, deadline=deadline)
+        verdict = self._agreement.decide(f"{topic}/holdings", state(self._source), take, deadline=deadline)
         if verdict.late_rank is not None:
             raise SyncError(verdict.error, failures=[Failure(text=verdict.error, phase="agree")])
         if verdict.error:
@@ -132,7 +129,7 @@ class Lanes:
         try:
             store = connect_store(address, join_deadline)
             plan, holders = read_plan(store, verdict.value.parts, self._config, rank=self._rank)
-            self._replicas = Replicas(self._agreement, self._source, holders)
+            self._replicas = Replicas(self._agreement, self._source, holders, manifest=plan.manifest)
         except Exception as error:
             outcome = StepOutcome.of_error(error, phase="plan")
         # From here on nobody is late: rank 0 may give up, and end the store, at any time.
@@ -182,7 +179,9 @@ class Lanes:
     def _host_rendezvous(self, deadline: Deadline) -> Rendezvous:
         """Rank 0: collect the workers' landing plans and publish a blueprint made of them."""
         try:
-            replies = self._client.request_each(Prepare(self._holders.manifest.to_bytes()), deadline=deadline)
+            stated = self._statements
+            prepare = Prepare(stated.holders.manifest.to_bytes(), stated.kept.to_bytes())
+            replies = self._client.request_each(prepare, deadline=deadline)
             digests = [expect(reply, Prepared).digests for reply in replies]
             landings: dict[str, bytes] = {}
             for engine, of_engine in enumerate(digests):
@@ -192,8 +191,8 @@ class Lanes:
                     landings |= zip(of_engine, expect(reply, LandingPlans).plans, strict=True)
             self._store, address = host_store(self._host, timeout_s=deadline.left_s())
             workers = [digest for of_engine in digests for digest in of_engine]
-            blueprint = Blueprint(self._statements, landings, workers)
-            return Rendezvous(address, publish_plan(blueprint, self._store, self._holders, self._config))
+            blueprint = Blueprint(stated.texts, landings, workers)
+            return Rendezvous(address, publish_plan(blueprint, self._store, stated.holders, self._config))
         except Exception as error:
             return Rendezvous(outcome=StepOutcome.of_error(error, phase="prepare"))
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from rollcast.comm import Deadline, Holders, WeightSource
+from rollcast.comm import Deadline, Holders, Manifest, WeightSource
 from rollcast.comm.agreement import Agreement
 from rollcast.comm.transfer.replicas import replica_checksums
 from rollcast.rollout.errors import Failure, SyncError
@@ -26,10 +26,11 @@ class Replicas:
     Each element is sent by one of its holders only: what the others have would never be looked at.
     """
 
-    def __init__(self, agreement: Agreement, source: WeightSource, holders: Holders) -> None:
+    def __init__(self, agreement: Agreement, source: WeightSource, holders: Holders, *, manifest: Manifest) -> None:
+        """`manifest` is the transfer plan's, with the dtypes of the wire."""
         self._agreement = agreement
         self._source = source
-        self._holders = holders
+        self._manifest = manifest
         self._overlaps = holders.overlaps()
 
     def compare(self, topic: str, *, deadline: Deadline) -> None:
@@ -40,7 +41,7 @@ class Replicas:
         if not self._overlaps:
             return
         try:
-            own = Checksums(replica_checksums(self._source, self._holders, self._overlaps))
+            own = Checksums(replica_checksums(self._source, self._manifest, self._overlaps))
         except Exception as error:
             own = Checksums(error=str(error) or type(error).__name__)
         verdict = self._agreement.decide(f"{topic}/replicas", own, self._take, deadline=deadline)
@@ -68,7 +69,7 @@ class Replicas:
         for rank, each in sums:
             if each != sums[0][1]:
                 overlap = self._overlaps[number]
-                spec = self._holders.manifest.specs[overlap.param]
+                spec = self._manifest.specs[overlap.param]
                 where = f"{spec.name} {overlap.box}"
                 return (
                     f"{where} (twice on rank {rank})"

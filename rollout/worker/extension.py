@@ -62,9 +62,9 @@ class RollcastWorker:
         self.rollcast_sync.connect(address, workers=workers, lora_versions=lora_versions)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
 
-    def rollcast_prepare(self, manifest: bytes) -> str:
+    def rollcast_prepare(self, manifest: bytes, kept: bytes) -> str:
         """See `WorkerSync.prepare`."""
-        return self.rollcast_sync.prepare(manifest)
+        return self.rollcast_sync.prepare(manifest, kept)
 
     def rollcast_describe_landing(self) -> bytes:
         """Return the landing plan. Not collective."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rollcast.comm import Manifest
+from rollcast.comm import Kept, Manifest
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing import LandingPlan
 from rollcast.rollout.landing.apply import LiveLanding
@@ -21,6 +21,7 @@ class WorkerModel:
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
+        self._kept = Kept()
 
     @property
     def module(self) -> nn.Module:
@@ -47,12 +48,14 @@ class WorkerModel:
         if getattr(self._worker.vllm_config.parallel_config, "enable_eplb", False):
             raise LandingError("expert load balancing moves experts between workers: set enable_eplb to False")
 
-    def plan(self, manifest: Manifest) -> LandingPlan:
+    def plan(self, manifest: Manifest, kept: Kept) -> LandingPlan:
         """Compile the landing plan and check it. Collective over the engine's workers.
 
-        Raises `LandingError` naming the parameters that the model cannot take.
+        The trainers send `manifest`; the model keeps `kept`. Raises `LandingError` naming the parameters that it cannot
+        take.
         """
         self._raise_if_other_kind(manifest)
+        self._kept = kept
         plan = self.compile(manifest)
         if problems := plan.check():
             shown = "\n  ".join(problems[:SHOWN_PROBLEMS]) + ("\n  ..." if len(problems) > SHOWN_PROBLEMS else "")
@@ -60,11 +63,11 @@ class WorkerModel:
         return plan
 
     def compile(self, manifest: Manifest) -> LandingPlan:
-        """Compile the landing plan. Collective over the engine's workers."""
+        """Compile the landing plan; `plan` has set what is kept. Collective over the engine's workers."""
         with self.vllm_config():
             if self.has_lora:
                 return compile_adapter(self.module, manifest)
-            return compile_landing(self.module, manifest, dtype=self._dtype)
+            return compile_landing(self.module, manifest, kept=self._kept, dtype=self._dtype)
 
     def land(self, plan: LandingPlan) -> LiveLanding | AdapterLanding:
         """Bind a plan to the tensors that are live now."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rollcast.comm import Deadline, Group, Lane, LaneGroups, Manifest, PhaseTimer, WeightReceiver, join_group
+from rollcast.comm import Deadline, Group, Kept, Lane, LaneGroups, Manifest, PhaseTimer, WeightReceiver, join_group
 from rollcast.comm.deadline import poll_sleep
 from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.apply import LiveLanding
@@ -68,13 +68,13 @@ class WorkerSync:
         """Let in a call of vLLM's that is not a step. On vLLM's thread."""
         return nullcontext() if self.gate is None else self.gate.passing()
 
-    def prepare(self, manifest: bytes) -> str:
+    def prepare(self, manifest: bytes, kept: bytes) -> str:
         """Compile the landing plan; return its digest. Collective over the engine's workers.
 
         Raises `LandingError` if the model cannot take the manifest, naming the parameters.
         """
         self.model.raise_if_unsupported()
-        plan = self.model.plan(Manifest.from_bytes(manifest))
+        plan = self.model.plan(Manifest.from_bytes(manifest), Kept.from_bytes(kept))
         self.landing = self.model.land(plan)
         return plan.digest
 

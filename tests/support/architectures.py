@@ -1,9 +1,13 @@
 """Tiny random models of many architectures. A new one is one line in `ARCHITECTURES`."""
 
+import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 Settings = dict[str, Any]
 
@@ -117,7 +121,43 @@ ARCHITECTURES: dict[str, tuple[str, Settings]] = {
     "starcoder2": ("Starcoder2Config", COMMON),
     "zamba2": ("Zamba2Config", COMMON | ZAMBA2),
 }
+IDS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+TOWER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER |= {"image_size": 56, "patch_size": 14}
+QWEN_TOWER = {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 64}
+QWEN_TOWER |= {"patch_size": 16, "num_position_embeddings": 64}
+MROPE = {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 10000.0}
+MROPE_PART = MROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
+GEMMA3_IDS = {"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92, "mm_tokens_per_image": 4}
+LLAMA_TEXT = GROUPED | {"model_type": "llama"}
+
+# Models with images: transformers' config class, its settings.
+IMAGES: dict[str, tuple[str, Settings]] = {
+    "gemma3-images": ("Gemma3Config", GEMMA3_IDS | {"text_config": GROUPED, "vision_config": TOWER}),
+    "llava": (
+        "LlavaConfig",
+        {"text_config": LLAMA_TEXT, "vision_config": TOWER | {"model_type": "clip_vision_model"}}
+        | {"image_token_index": 90, "vision_feature_layer": -1},
+    ),
+    "qwen3_vl": (
+        "Qwen3VLConfig",
+        IDS
+        | {"text_config": GROUPED | {"rope_parameters": MROPE}}
+        | {"vision_config": QWEN_TOWER | {"deepstack_visual_indexes": [0]}},
+    ),
+    "qwen3_5-images": (
+        "Qwen3_5Config",
+        IDS | {"text_config": GROUPED | LINEAR | {"rope_parameters": MROPE_PART}, "vision_config": QWEN_TOWER},
+    ),
+}
+# What published checkpoints of them have in their names, and transformers' models have no longer.
+TOWER_LEVEL = re.compile(r"^vision_tower\.(?!vision_model)")
+PUBLISHED = {"gemma3-images", "llava"}
 MOE = "qwen3_moe"
+# Whose names in memory are not those of their checkpoints.
+CONVERTED = ["afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe"]
+CONVERTED += ["glm4_moe_lite", "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "jamba"]
+CONVERTED += ["lfm2_moe", "minimax_m2", "mixtral", "nemotron_h", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"]
 
 # Those that are landed on two ranks, too.
 SHARDED = [
@@ -147,13 +187,13 @@ SHARDED = [
     "qwen3_next",
     "zamba2",
 ]
-# "+ep": expert parallel. "+memory": the names and shapes of the trainer's model, not those of its checkpoint.
+# "+ep": expert parallel. "+memory": what is made of the model in memory, not what its checkpoint has.
 FURTHER = [
     "deepseek_v3@2+ep",
     "qwen3_moe@2+ep",
     "qwen3_moe@2+ep+memory",
     "qwen3_moe@2+memory",
-    *(f"{name}+memory" for name in ("glm4_moe", "gpt_oss", "olmoe", "qwen2_moe", "qwen3_moe")),
+    *(f"{name}+memory" for name in (*CONVERTED, *IMAGES, "gpt_oss")),
 ]
 # "+bf16", "+fp16": engine, checkpoint and trainer in that dtype, but for what checkpoints keep in float32.
 # "+masters": the trainer has everything in float32.
@@ -175,7 +215,6 @@ HALF = [
 # What cannot be expressed, or is unknown to vLLM's loader, and how it is refused.
 REFUSED = {
     "phi": r"does not take parameter lm_head\.bias \[96\] \w+: the loader copies a weight into a tensor of its own",
-    "mixtral+memory": r"does not take parameter model\.layers\.0\.mlp\.gate\.weight .* no module or parameter named",
 }
 REFUSED |= {"phi+bf16": REFUSED["phi"]}
 CASES = [*ARCHITECTURES, *(f"{name}@2" for name in SHARDED), *FURTHER, *HALF]
@@ -185,9 +224,23 @@ CASES += [case for case in REFUSED if case not in CASES]
 def build(name: str, *, seed: int) -> Any:
     """Return a random float32 model."""
     torch.manual_seed(seed)
-    config_class, settings = ARCHITECTURES[name]
-    config = getattr(transformers, config_class)(**settings)
-    return transformers.AutoModelForCausalLM.from_config(config).float()
+    config_class, settings = (ARCHITECTURES | IMAGES)[name]
+    config = getattr(transformers, config_class)(**copy.deepcopy(settings))
+    kind = transformers.AutoModelForImageTextToText if name in IMAGES else transformers.AutoModelForCausalLM
+    return kind.from_config(config).float()
+
+
+def save(name: str, model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """Save a model of this architecture as it would be published, and return the tensors."""
+    model.save_pretrained(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        loaded = load_file(file)
+        if name in PUBLISHED:
+            loaded = {TOWER_LEVEL.sub("vision_tower.vision_model.", key): tensor for key, tensor in loaded.items()}
+            save_file(loaded, file, metadata={"format": "pt"})
+        tensors |= loaded
+    return tensors
 
 
 def in_half(model: Any, dtype: torch.dtype, *, kept: tuple[str, ...] = FLOAT32_ISLANDS) -> Any:

@@ -25,7 +25,7 @@ from rollcast.comm import (
 )
 from rollcast.comm.agreement import Agreement
 from rollcast.comm.report import WorkerReport
-from rollcast.comm.transfer.source import GatheringSource
+from rollcast.comm.transfer.gathering import GatheringSource
 from rollcast.rollout import RolloutConfig
 from rollcast.rollout.errors import EngineError, Failure
 from rollcast.rollout.landing.plan import LandingPlan

@@ -1,13 +1,14 @@
 """Weights cut at random into what several trainer ranks hold of them."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 
-from rollcast.comm import Box, Holding
+from rollcast.comm import Box, Holding, WeightSource
 
 Rank = dict[str, tuple[Holding, ...]]
 
@@ -40,6 +41,19 @@ def random_shards(rng: random.Random, weights: dict[str, torch.Tensor], ranks: i
 def indices(box: Box) -> tuple[slice, ...]:
     """What selects the box in a tensor of its shape."""
     return tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))
+
+
+def put_together(sources: Sequence[WeightSource], *, into: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """The full tensors, made of what all ranks hold (added to `into`); elements that nobody holds are NaN."""
+    full = {} if into is None else into
+    for source in sources:
+        for param, parts in source.gather(range(len(source.manifest.specs))):
+            held = source.statement[param]
+            value = float("nan") if held.spec.dtype.is_floating_point else 0
+            whole = full.setdefault(held.spec.name, torch.full(held.spec.shape, value, dtype=held.spec.dtype))
+            for box, part in zip(held.boxes, parts, strict=True):
+                whole.view(box.shape)[indices(box)].copy_(part)
+    return full
 
 
 def _holding(rng: random.Random, shards: Shards, full: torch.Tensor, view: list[int], box: Box) -> Holding:

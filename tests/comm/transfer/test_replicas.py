@@ -53,7 +53,7 @@ def check(of_ranks: Sequence[Mapping[str, torch.Tensor | Holding]], dtype: torch
     sources = [WeightSource(weights, dtype=dtype) for weights in of_ranks]
     holders = Holders.of([source.statement for source in sources])
     overlaps = holders.overlaps()
-    sums = [replica_checksums(source, holders, overlaps) for source in sources]
+    sums = [replica_checksums(source, holders.manifest, overlaps) for source in sources]
     by_overlap = [{each for of_rank in sums for each in of_rank.get(number, ())} for number in range(len(overlaps))]
     assert overlaps and all(by_overlap)
     assert all(len(different) == 1 for different in by_overlap) is equal

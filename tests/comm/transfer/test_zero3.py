@@ -9,7 +9,7 @@ from fake_ranks import rank_of
 from torch import nn
 
 from rollcast.comm import Box, WeightSource
-from rollcast.comm.transfer.source import GatheringSource
+from rollcast.comm.transfer.gathering import GatheringSource
 
 
 def test_zero3_has_an_even_share_of_the_flattened_padded_parameter() -> None:

@@ -89,7 +89,8 @@ def test_a_tensor_with_gaps_is_whole_without_them() -> None:
     gaps = Region((3, 4), (20, 1), 0, torch.float32)
     assert coverage(gaps, [gaps], []) is None
     assert coverage(gaps, [gaps.rows(0, 2)], []) == (
-        "4 of 12 elements would not be written: the trainer does not send what they need"
+        "4 of 12 elements would not be written: the trainer does not send what they need, nor says by keep= of "
+        "job.broadcaster() that the engine keeps what it has"
     )
 
 

@@ -1,8 +1,8 @@
 """Lands perturbed weights in vLLM's model of an architecture and compares with a fresh load (in landing_server.py).
 
-A case is an architecture; ARCHITECTURE@2 means both ranks of two, +ep expert parallel, and +memory the trainer's
-names in memory rather than those of its checkpoint. +bf16 and +fp16 are what checkpoint, trainer and engine are in,
-and +masters gives the trainer float32 in their place.
+A case is an architecture; ARCHITECTURE@2 means both ranks of two, +ep expert parallel, and +memory what is sent of the
+model in memory rather than of its checkpoint. +bf16 and +fp16 are what checkpoint, trainer and engine are in, and
++masters gives the trainer float32 in their place.
 """
 
 import copy
@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import DTYPES, FLOAT32_ISLANDS, ROUTERS, build, in_half, perturb
+from architectures import DTYPES, FLOAT32_ISLANDS, ROUTERS, build, in_half, perturb, save
 from loaded_models import LoadedModels
 from local_transfer import LocalTransfer
-from safetensors.torch import load_file
-from sides import full_tensors
+from shards import put_together
 
 from rollcast.comm import WeightSource
 from rollcast.comm.device.storage import flat_bytes
@@ -42,22 +41,17 @@ def compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     return {"case": case, "seconds": round(time.monotonic() - start, 2)} | row
 
 
-def save(model: Any, folder: Path, tags: Sequence[str] = ()) -> Tensors:
+def save_as(name: str, model: Any, folder: Path, tags: Sequence[str]) -> Tensors:
     """Save the model; return what its trainer would send: the tensors of the checkpoint, or those in memory."""
     kept = model
     islands = FLOAT32_ISLANDS + (ROUTERS if "masters" in tags else ())
     for dtype in (DTYPES[tag] for tag in tags if tag in DTYPES):
         kept = in_half(copy.deepcopy(model), dtype, kept=islands)
-    kept.save_pretrained(folder)
+    tensors = save(name, kept, folder)
     trained = model if "masters" in tags else kept
     if "memory" in tags:
-        return {spec.name: tensor.detach().clone() for spec, tensor in full_tensors(WeightSource(trained))}
-    if trained is not kept:
-        trained.save_pretrained(folder / "masters")
-    tensors: Tensors = {}
-    for file in sorted((folder if trained is kept else folder / "masters").glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
+        return put_together([WeightSource(trained)])
+    return tensors if trained is kept else save(name, trained, folder / "masters")
 
 
 def snapshot(model: Any) -> Tensors:
@@ -87,9 +81,9 @@ def _compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     name, *tags = case.split("+")
     architecture, _, size = name.partition("@")
     model = build(architecture, seed=0)
-    base = save(model, folder / "base", tags)
+    base = save_as(architecture, model, folder / "base", tags)
     perturb(model)
-    perturbed = save(model, folder / "perturbed", tags)
+    perturbed = save_as(architecture, model, folder / "perturbed", tags)
     dtype = next((DTYPES[tag] for tag in tags if tag in DTYPES), torch.float32)
     settings = {"dtype": str(dtype).removeprefix("torch."), "enable_expert_parallel": "ep" in tags}
     models = models.with_settings(**settings)

@@ -20,8 +20,10 @@ os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_
 
 import architecture_matrix
 import lora_matrix
+import parts
 import shard_matrix
 import torch
+import torchvision_stub  # noqa: F401  (before vLLM)
 from architectures import MOE, build
 from loaded_models import LoadedModels
 from odd_loaders import OddLoaders
@@ -92,6 +94,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "adapter": adapter,
     "shards": shards,
     "command": command,
+    "parts": lambda case: parts.CASES[case](models(), FOLDER / "parts" / case),
     "lands": lambda case: odd_loaders().lands(case),
     "refused": lambda case, parameter: odd_loaders().refused(case, parameter),
     "reload": lambda: odd_loaders().reloaded(),

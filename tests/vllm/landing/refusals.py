@@ -10,7 +10,7 @@ from pathlib import Path
 
 from models import build
 
-from rollcast.comm import WeightSource
+from rollcast.comm import Kept, WeightSource
 from rollcast.rollout.config import RolloutConfig
 from rollcast.rollout.engine.engine import Engine
 from rollcast.rollout.errors import EngineError
@@ -33,7 +33,7 @@ async def main() -> None:
 
 async def refusal(engine: Engine, manifest: bytes) -> str:
     try:
-        await engine.sync.prepare(manifest)
+        await engine.sync.prepare(manifest, Kept().to_bytes())
     except EngineError as error:
         return str(error)
     return "none"

@@ -35,6 +35,7 @@ def test_lora_and_sleep_are_refused_by_name(tmp_path: Path) -> None:
 def test_expert_load_balancing_is_refused_by_name() -> None:
     from vllm.config import ParallelConfig
 
+    from rollcast.comm import Kept
     from rollcast.rollout.errors import LandingError
     from rollcast.rollout.worker.extension import RollcastWorker
 
@@ -45,7 +46,7 @@ def test_expert_load_balancing_is_refused_by_name() -> None:
     parallel.enable_eplb = True
     worker.vllm_config = SimpleNamespace(parallel_config=parallel, lora_config=None)
     with pytest.raises(LandingError, match="enable_eplb"):
-        worker.rollcast_prepare(b"")
+        worker.rollcast_prepare(b"", Kept().to_bytes())
     parallel.enable_eplb = False
     with pytest.raises(ValueError):
-        worker.rollcast_prepare(b"")
+        worker.rollcast_prepare(b"", Kept().to_bytes())
