@@ -45,8 +45,6 @@ from rollcast.rollout.sync.published_plan import Blueprint, merge_statements, pu
 # Most messages of a lane for which "auto" lets a worker read the trainer's memory over NVLink. That is faster for few
 # tensors, but costs more for each message than NCCL does: for the 18,867 tensors of Qwen3-30B-A3B NCCL is faster.
 MAX_IPC_MESSAGES = 4096
-
-
 # What rank 0 makes of all statements.
 COMPLETE = "complete"
 
@@ -207,8 +205,7 @@ class Lanes:
             collect({engine: reply for engine, reply in joining.items() if reply.done()})
             missing = [engine for engine, reply in joining.items() if not reply.done()]
             # The groups' own deadline may be over a moment before this one.
-            timed_out = own.done() and isinstance(own.exception(), TimeoutError | dist.DistStoreError)
-            if not own.done() or (timed_out and missing):
+            if not own.done() or (missing and isinstance(own.exception(), TimeoutError | dist.DistStoreError)):
                 text = f"did not join the weight group at {address} in time"
                 failures = [Failure(text=text, engine=engine, phase="join") for engine in missing]
                 raise EngineError(f"a worker {text}" if not missing else "", failures=failures)
