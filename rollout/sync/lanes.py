@@ -209,8 +209,7 @@ class Lanes:
             collect({engine: reply for engine, reply in joining.items() if reply.done()})
             missing = [engine for engine, reply in joining.items() if not reply.done()]
             # The groups' own deadline may be over a moment before this one.
-            timed_out = own.done() and isinstance(own.exception(), TimeoutError | dist.DistStoreError)
-            if not own.done() or (timed_out and missing):
+            if not own.done() or (missing and isinstance(own.exception(), TimeoutError | dist.DistStoreError)):
                 text = f"did not join the weight group at {address} in time"
                 failures = [Failure(text=text, engine=engine, phase="join") for engine in missing]
                 raise EngineError(f"a worker {text}" if not missing else "", failures=failures)

@@ -34,7 +34,7 @@ from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
 
 MOST_RANKS = 4
-BUCKET_BYTES = (1024, 4096, 1 << 20)
+BUCKET_BYTES = (4096, 1 << 16, 1 << 20)
 
 
 @dataclass
