@@ -74,6 +74,17 @@ class Fill:
         return self.op.args[0]
 
 
+@dataclass(frozen=True, slots=True)
+class ParameterView:
+    """A tensor that was a view of a parameter when the model was built, and that vLLM has parted from it since."""
+
+    name: str
+    """See `model_tensors`."""
+    parameter: str
+    region: Region
+    """Of the parameter, in the layout that the loader sees."""
+
+
 @dataclass(frozen=True, eq=False)
 class LandingPlan:
     """All moves of one worker, in the order of its memory, and what is done when they have arrived.
@@ -91,6 +102,10 @@ class LandingPlan:
     """Constants of the loader."""
     attention: tuple[str, ...] = ()
     """Attention layers that compute weights of their own from others (MLA): processed when everything has arrived."""
+    views: tuple[ParameterView, ...] = ()
+    """Tensors that get the values of parameters, as they did when the engine loaded them."""
+    recomputed: tuple[str, ...] = ()
+    """Modules that keep something computed from weights and can compute it again: done when everything has arrived."""
     refused: tuple[str, ...] = ()
     """What cannot be expressed, each naming a parameter or module."""
 
@@ -108,6 +123,11 @@ class LandingPlan:
             if problem := coverage(target.whole, written[target.name], filled[target.name]):
                 problems.append(f"{target.name}: {problem}{missing.hint(target.name)}")
         return problems + list(dict.fromkeys(self._lossy_casts()))
+
+    @property
+    def written(self) -> set[str]:
+        """Names of the targets that get weights or constants."""
+        return {name for by_target in self._writes() for name in by_target}
 
     @property
     def unused(self) -> list[int]:
@@ -132,6 +152,8 @@ class LandingPlan:
                 "stages": [_encode_stage(stage) for stage in self.stages],
                 "values": [to_plain(value) for value in self.values],
                 "attention": self.attention,
+                "views": [[view.name, view.parameter, to_plain(view.region)] for view in self.views],
+                "recomputed": self.recomputed,
                 "refused": self.refused,
             }
         )
@@ -148,6 +170,8 @@ class LandingPlan:
             stages=tuple(_decode_stage(stage) for stage in plain["stages"]),
             values=from_plain(plain["values"]),
             attention=tuple(plain["attention"]),
+            views=tuple(ParameterView(name, owner, from_plain(region)) for name, owner, region in plain["views"]),
+            recomputed=tuple(plain["recomputed"]),
             refused=tuple(plain["refused"]),
         )
 
