@@ -71,7 +71,7 @@ def _note(model: nn.Module) -> None:
     for name, tensor in _others(model, tensors):
         owner = by_storage.get(storage_id(tensor))
         if owner is not None:
-            start = parameters[owner].storage_offset() * parameters[owner].element_size()
+            start = int(parameters[owner].storage_offset()) * parameters[owner].element_size()
             views.append(ParameterView(name, owner, Region.of(tensor, base_offset_bytes=start)))
         elif not tensor.is_meta:
             checksums[name] = int(checksum(flat_bytes(tensor)))

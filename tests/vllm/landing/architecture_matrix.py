@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import DTYPES, FLOAT32_ISLANDS, ROUTERS, build, in_half, perturb
+from architectures import DTYPES, FLOAT32_ISLANDS, NOT_USED, ROUTERS, build, in_half, perturb
 from loaded_models import LoadedModels
 from local_transfer import LocalTransfer
 from safetensors.torch import load_file
@@ -95,6 +95,8 @@ def _compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     settings = {"dtype": str(dtype).removeprefix("torch."), "enable_expert_parallel": "ep" in tags}
     models = models.with_settings(**settings)
     one = partial(_compare_rank, models, folder, base, perturbed, dtype=dtype, size=int(size or 1))
+    # A rank without its peers cannot make a forward pass.
+    one = partial(one, used=not size and architecture not in NOT_USED)
     ranks: list[dict[str, Any]] = [one(rank=rank) for rank in range(int(size or 1))]
     unused = [set(rank.pop("unused")) for rank in ranks]
     facts: dict[str, Any] = {"model": [rank.pop("model") for rank in ranks].pop(), "parameters": len(base)}
@@ -104,9 +106,17 @@ def _compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
 
 
 def _compare_rank(
-    models: LoadedModels, folder: Path, base: Tensors, perturbed: Tensors, *, dtype: torch.dtype, rank: int, size: int
+    models: LoadedModels,
+    folder: Path,
+    base: Tensors,
+    perturbed: Tensors,
+    *,
+    dtype: torch.dtype,
+    rank: int,
+    size: int,
+    used: bool,
 ) -> dict[str, Any]:
-    updated, fresh = (models.load(folder / which, rank=rank, size=size, used=True) for which in ("base", "perturbed"))
+    updated, fresh = (models.load(folder / which, rank=rank, size=size, used=used) for which in ("base", "perturbed"))
     before, expected = snapshot(updated), snapshot(fresh)
     manifest = WeightSource(perturbed).manifest
     with models.as_rank(folder / "base", rank=rank, size=size), torch.no_grad():

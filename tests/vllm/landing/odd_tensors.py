@@ -57,6 +57,15 @@ def keep_rows(attention: Any) -> None:
     attention.rows = {"of q": [attention.qkv_proj.weight.data[2:7]]}
 
 
+def keep_norm(attention: Any) -> None:
+    attention.norm = attention.q_norm.weight.data.view(2, -1)
+
+
+def move_norm(attention: Any) -> None:
+    with torch.inference_mode(False):
+        attention.q_norm.weight.data = attention.q_norm.weight.data.clone()
+
+
 def keep_double(attention: Any) -> None:
     if not hasattr(attention.q_norm, "doubled"):
         attention.q_norm.doubled = attention.q_norm.weight.data * 2
@@ -83,6 +92,11 @@ CASES: dict[str, Patches] = {
     "nothing": ("qwen3", nullcontext, nullcontext),
     "packed convolution": ("mamba2+bf16", packed_convolution, nullcontext),
     "view of a weight": ("qwen3", after(Qwen3Attention, "__init__", keep_rows), nullcontext),
+    "weight moved in a forward pass": (
+        "qwen3",
+        after(Qwen3Attention, "__init__", keep_norm),
+        after(Qwen3Attention, "forward", move_norm),
+    ),
     "new in a forward pass": ("qwen3", nullcontext, after(Qwen3Attention, "forward", keep_double)),
     "changed in a forward pass": (
         "qwen3",
@@ -91,6 +105,9 @@ CASES: dict[str, Patches] = {
     ),
     "fused gates": ("qwen2_moe", nullcontext, after(Qwen2MoeSparseMoeBlock, "forward", fuse_gates)),
 }
+
+
+DERIVED = ("conv_weights", "of q.0", ":norm", "_gate_weight")
 
 
 class OddTensors:
@@ -122,11 +139,22 @@ class OddTensors:
                 transfer = LocalTransfer(landing, on_wire(plan, weights))
                 transfer.apply()
                 row["different"] = different(snapshot(fresh), snapshot(live))
-                return row | {"unseen": [] if row["different"] else self._unseen(live, transfer)}
+                if not row["different"]:
+                    row["unseen"] = self._unseen(live, transfer)
+                    row["nan differs from itself"] = self._nan_fails(landing, on_wire(plan, weights))
+                return row
+
+    @staticmethod
+    def _nan_fails(landing: LiveLanding, weights: list[torch.Tensor]) -> bool:
+        for weight in weights:
+            weight.view(-1)[0] = float("nan")
+        transfer = LocalTransfer(landing, weights)
+        transfer.apply()
+        return _raises(lambda: transfer.apply(verifying=True))
 
     @staticmethod
     def _derived(model: Any) -> list[str]:
-        return [name for name in model_tensors(model) if name.endswith(("conv_weights", "of q.0", "_gate_weight"))]
+        return [name for name in model_tensors(model) if name.endswith(DERIVED)]
 
     def _unseen(self, model: Any, transfer: LocalTransfer) -> list[str]:
         """Damage each derived tensor; return those of which verification or self-test says nothing."""
