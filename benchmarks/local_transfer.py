@@ -22,7 +22,7 @@ class LocalTransfer:
         for spec, tensor in zip(landing.plan.manifest.specs, sources, strict=True):
             if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype) or not tensor.is_contiguous():
                 raise ValueError(f"expected {spec}, contiguous; got {list(tensor.shape)} {tensor.dtype}")
-        self._landing = landing
+        self.landing = landing
         self._direct: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         self._staged: dict[int, list[tuple[Move, torch.Tensor]]] = defaultdict(list)
         for move in landing.plan.moves:
@@ -33,20 +33,23 @@ class LocalTransfer:
             else:
                 self._staged[move.stage].append((move, source))
 
-    def apply(self) -> None:
-        """Write the current values of the sources. Collective only where vLLM's processing is."""
+    def apply(self, *, verifying: bool = False) -> None:
+        """Write the current values of the sources. Collective only where vLLM's processing is.
+
+        When `verifying`, compare what is computed of them instead, and leave out what is copied.
+        """
         with torch.no_grad():
-            self._landing.begin()
-            if self._direct[0]:
+            self.landing.begin(verifying=verifying)
+            if self._direct[0] and not verifying:
                 torch._foreach_copy_(*self._direct)
             for stage, moves in self._staged.items():
                 names = {move.target for move, _ in moves}
-                staging = {name: self._landing.staging(stage, name) for name in names}
+                staging = {name: self.landing.staging(stage, name) for name in names}
                 # No function call for each move: a model can have tens of thousands.
                 targets = [
                     staging[move.target].as_strided(move.region.shape, move.region.stride, move.region.offset)
                     for move, _ in moves
                 ]
                 torch._foreach_copy_(targets, [source for _, source in moves])
-                self._landing.finish(stage)
-            self._landing.commit()
+                self.landing.finish(stage)
+            self.landing.commit()

@@ -1,26 +1,30 @@
 """A landing plan bound to a live model: writes what every sync sends into vLLM's parameters (worker)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from rollcast.comm import VerifyError
+from rollcast.comm.device.checksum import checksum
 from rollcast.comm.device.storage import ModuleSnapshot, flat_bytes, storage_id
 from rollcast.rollout.errors import LandingError
-from rollcast.rollout.landing.plan import LandingPlan, input_index, input_name
+from rollcast.rollout.landing.model_tensors import Tensors, model_tensors
+from rollcast.rollout.landing.plan import LandingPlan, ParameterView, input_index, input_name
 from rollcast.rollout.landing.tape import replay
 from rollcast.rollout.landing.vllm_reload import (
-    Tensors,
     attention_layers,
     keep_storage,
     live_tensors,
     load_format,
     materialize,
+    overwrite,
     probe,
     process_attention,
     process_weights,
+    recompute,
     swapped_parameters,
 )
 
@@ -48,6 +52,11 @@ class LiveLanding:
         with_moves = {move.stage for move in plan.moves if move.source.numel}
         self._stages_without_moves = [number for number in range(len(plan.stages)) if number not in with_moves]
         self._attention = [attention_layers(model)[path] for path in plan.attention]
+        self._recomputed = [model.get_submodule(path) for path in plan.recomputed]
+        self._views = [(view, model_tensors(model)[view.name]) for view in plan.views]
+        for stage in self._stages:
+            stage.take_views(self._views)
+        self._verifying = False
         self._dtype = dtype
         self._fills = tuple(fill.op for fill in plan.fills if fill.stage is None and fill.target.region.numel)
         self._fill_tensors: dict[tuple[str, int | str], torch.Tensor] = {
@@ -79,6 +88,7 @@ class LiveLanding:
 
     def begin(self, *, verifying: bool = False) -> None:
         """See `Landing.begin`. Constants are written first: memory that was put to sleep may have lost them."""
+        self._verifying = verifying
         for stage in self._stages:
             stage.begin(verifying=verifying)
         if self._fills and not verifying:
@@ -92,8 +102,27 @@ class LiveLanding:
         """See `Landing.commit`."""
         for stage in self._stages_without_moves:
             self.finish(stage)
+        for view, tensor in self._views:
+            if not any(stage.has(view.parameter) for stage in self._stages):
+                write_back(view.name, tensor, view.region.view(self._live[view.parameter].data), self._verifying)
         for layer in self._attention:
-            process_attention(layer, self._dtype)
+            with self._unchanged(layer, getattr(layer, "impl", None)):
+                process_attention(layer, self._dtype)
+        for module in self._recomputed:
+            with self._unchanged(module):
+                recompute(module)
+
+    @contextmanager
+    def _unchanged(self, *owners: Any) -> Iterator[None]:
+        """Raise `VerifyError` if a tensor of these objects changes inside, when verifying."""
+        if not self._verifying:
+            yield
+            return
+        before = _checksums(owners)
+        yield
+        after = _checksums(owners)
+        if changed := [name for name in before if before[name] != after.get(name)]:
+            raise VerifyError(f"{', '.join(changed)} in memory is not what the trainer's weights make")
 
     def abort(self) -> None:
         """See `Landing.abort`."""
@@ -123,7 +152,16 @@ class StagedModule:
         self._formats = named if self._is_staged else {name: named[name] for name in named if name in taped}
         self._attributes = {prefix + name: name for name in formats}
         self._staging: Tensors = {}
+        self._views: list[tuple[ParameterView, torch.Tensor]] = []
         self._verifying = False
+
+    def has(self, parameter: str) -> bool:
+        """Return whether the parameter arrives in a staging tensor."""
+        return parameter in self._formats
+
+    def take_views(self, views: Sequence[tuple[ParameterView, torch.Tensor]]) -> None:
+        """Write those views that are of this module's parameters, from now on."""
+        self._views = [(view, tensor) for view, tensor in views if self.has(view.parameter)]
 
     @property
     def _is_staged(self) -> bool:
@@ -147,6 +185,9 @@ class StagedModule:
         replay(self._stage.tape, self._tensors())
         for own, owner in self._stage.shares:
             self._staging[own].data.copy_(self._live[owner].data)
+        # Before vLLM processes the staging tensors: it may do so in their memory.
+        for view, tensor in self._views:
+            self._write_back(view.name, tensor, view.region.view(self._staging[view.parameter].data))
         if self._is_staged:
             self._process()
         else:
@@ -194,20 +235,24 @@ class StagedModule:
             self._write_back(name, tensor, processed[attribute])
         if self._verifying and before is not None:
             after = probe(module)
-            if after is None or not torch.equal(before, after):
+            if after is None or not torch.equal(flat_bytes(before), flat_bytes(after)):
                 raise VerifyError(f"{self._stage.module} packs the same weights to something else than it has")
 
     def _write_back(self, name: str, live: torch.Tensor, new: torch.Tensor) -> None:
-        """Copy the new weights into the tensor that the engine has, or compare when verifying."""
-        if (live.shape, live.dtype) != (new.shape, new.dtype):
-            shapes = f"{list(new.shape)} {new.dtype} of what the engine has as {list(live.shape)} {live.dtype}"
-            raise LandingError(f"{name}: vLLM's processing makes {shapes}")
-        if self._verifying:
-            if not torch.equal(flat_bytes(live), flat_bytes(new)):
-                raise VerifyError(f"{name} in memory is not what the trainer's weights make")
-        elif not (live.data_ptr() == new.data_ptr() and _same_layout(live, new)):
-            shares = storage_id(live) == storage_id(new)
-            live.data.copy_(new.data.clone() if shares else new.data)
+        write_back(name, live, new, self._verifying)
+
+
+def write_back(name: str, live: torch.Tensor, new: torch.Tensor, verifying: bool) -> None:
+    """Copy the new weights into the tensor that the engine has, or compare when verifying."""
+    if (live.shape, live.dtype) != (new.shape, new.dtype):
+        shapes = f"{list(new.shape)} {new.dtype} of what the engine has as {list(live.shape)} {live.dtype}"
+        raise LandingError(f"{name}: vLLM's processing makes {shapes}")
+    if verifying:
+        if not torch.equal(flat_bytes(live), flat_bytes(new)):
+            raise VerifyError(f"{name} in memory is not what the trainer's weights make")
+    elif not (live.data_ptr() == new.data_ptr() and _same_layout(live, new)):
+        shares = storage_id(live) == storage_id(new)
+        overwrite(live, new.clone() if shares else new)
 
 
 def _addresses(model: nn.Module, targets: set[str]) -> dict[str, tuple[int, int]]:
@@ -227,3 +272,13 @@ def _tensors_of(module: nn.Module) -> Tensors:
 
 def _same_layout(first: torch.Tensor, second: torch.Tensor) -> bool:
     return (first.shape, first.stride(), first.dtype) == (second.shape, second.stride(), second.dtype)
+
+
+def _checksums(owners: Sequence[Any]) -> dict[str, int]:
+    """Return checksums of the tensors that some objects have, by attribute."""
+    tensors: Tensors = {}
+    for owner in owners:
+        tensors |= _tensors_of(owner) if isinstance(owner, nn.Module) else {}
+        attributes = {} if owner is None else vars(owner)
+        tensors |= {name: value for name, value in attributes.items() if isinstance(value, torch.Tensor)}
+    return {name: int(checksum(flat_bytes(tensor))) for name, tensor in tensors.items()}

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from rollcast.comm import Manifest, ParamSpec, checkpoint_names
 from rollcast.rollout.errors import PreflightError
+from rollcast.rollout.landing.derived import watch_building
 from rollcast.rollout.landing.vllm_reload import move_to_meta
 
 SAFETENSORS_DTYPES = {
@@ -52,6 +53,7 @@ class OfflineModels:
         from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 
         self._settings = settings
+        watch_building()
         rendezvous = Path(tempfile.mkdtemp(), "rendezvous")
         with set_current_vllm_config(self.config(folder, size=1)):
             init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")

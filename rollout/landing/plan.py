@@ -74,6 +74,17 @@ class Fill:
         return self.op.args[0]
 
 
+@dataclass(frozen=True, slots=True)
+class ParameterView:
+    """A tensor that was a view of a parameter when the model was built, and that vLLM has parted from it since."""
+
+    name: str
+    """See `model_tensors`."""
+    parameter: str
+    region: Region
+    """Of the parameter, in the layout that the loader sees."""
+
+
 @dataclass(frozen=True, eq=False)
 class LandingPlan:
     """All moves of one worker, in the order of its memory, and what is done when they have arrived.
@@ -93,6 +104,10 @@ class LandingPlan:
     """Attention layers that compute weights of their own from others (MLA): processed when everything has arrived."""
     kept: tuple[tuple[str, Region], ...] = ()
     """(live tensor, region of it) that stays as the engine has it."""
+    views: tuple[ParameterView, ...] = ()
+    """Tensors that get the values of parameters, as they did when the engine loaded them."""
+    recomputed: tuple[str, ...] = ()
+    """Modules that keep something computed from weights and can compute it again: done when everything has arrived."""
     refused: tuple[str, ...] = ()
     """What cannot be expressed, each naming a parameter or module."""
 
@@ -110,6 +125,11 @@ class LandingPlan:
             if problem := coverage(target.whole, written[target.name], filled[target.name]):
                 problems.append(f"{target.name}: {problem}{missing.hint(target.name)}")
         return problems + list(dict.fromkeys(self._lossy_casts()))
+
+    @property
+    def written(self) -> set[str]:
+        """Names of the targets that get weights or constants."""
+        return {name for by_target in self._writes() for name in by_target}
 
     @property
     def unused(self) -> list[int]:
@@ -135,6 +155,8 @@ class LandingPlan:
                 "values": [to_plain(value) for value in self.values],
                 "attention": self.attention,
                 "kept": [[name, to_plain(region)] for name, region in self.kept],
+                "views": [[view.name, view.parameter, to_plain(view.region)] for view in self.views],
+                "recomputed": self.recomputed,
                 "refused": self.refused,
             }
         )
@@ -152,6 +174,8 @@ class LandingPlan:
             values=from_plain(plain["values"]),
             attention=tuple(plain["attention"]),
             kept=tuple((name, from_plain(region)) for name, region in plain["kept"]),
+            views=tuple(ParameterView(name, owner, from_plain(region)) for name, owner, region in plain["views"]),
+            recomputed=tuple(plain["recomputed"]),
             refused=tuple(plain["refused"]),
         )
 

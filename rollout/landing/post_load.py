@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from rollcast.comm.device.checksum import checksum
 from rollcast.comm.device.storage import flat_bytes, storage_id, tensor_id
+from rollcast.rollout.landing.model_tensors import TENSOR_DICTS
 from rollcast.rollout.landing.vllm_reload import (
     LoadFormat,
     attention_layers,
@@ -25,7 +26,6 @@ aten = torch.ops.aten
 
 # On CUDA these methods leave the weights as they were loaded.
 PLAIN_ON_CUDA = frozenset({"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"})
-TENSOR_DICTS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 
 
 def staged_modules(model: nn.Module, formats: LoadFormat) -> dict[str, tuple[str, ...]]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import nn
 
 from rollcast.rollout.config import CPU_WEIGHTS, CPU_WEIGHTS_VARIABLE
 from rollcast.rollout.errors import LandingError
+from rollcast.rollout.landing.model_tensors import Tensors
 
-Tensors = dict[str, torch.Tensor]
 PROBE_ROWS = 8
 
 
@@ -128,8 +129,14 @@ def keep_storage(*containers: dict[str, Any]) -> Iterator[None]:
                     f"{name}: vLLM's processing makes {list(new.shape)} {new.dtype} of what the engine has as "
                     f"{list(tensor.shape)} {tensor.dtype}"
                 )
-            tensor.data.copy_(new.data)
+            overwrite(tensor, new)
             container[name] = tensor
+
+
+def overwrite(tensor: torch.Tensor, new: torch.Tensor) -> None:
+    """Copy new values into a tensor, also into one that a forward pass has made: inference mode allows that."""
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.data.copy_(new.data)
 
 
 def materialize(meta: torch.Tensor, device: torch.device, *, memory: torch.Tensor | None = None) -> torch.Tensor:
@@ -188,6 +195,41 @@ def process_attention(layer: Any, dtype: torch.dtype) -> None:
     implementation = [vars(layer.impl)] if hasattr(layer, "impl") else []
     with keep_storage(vars(layer), layer._parameters, layer._buffers, *implementation):
         layer.process_weights_after_loading(dtype)
+
+
+def call_after_building(act: Callable[[nn.Module], None]) -> None:
+    """Let vLLM call `act` with each model that it has built, before anything is loaded. Idempotent."""
+    from vllm.model_executor.model_loader import utils
+
+    loader_utils: Any = utils
+    record = loader_utils.record_metadata_for_reloading
+    if hasattr(record, "__wrapped__"):
+        return
+
+    @wraps(record)
+    def record_and_act(model: nn.Module) -> None:
+        record(model)
+        act(model)
+
+    loader_utils.record_metadata_for_reloading = record_and_act
+
+
+def recomputable(module: Any) -> bool:
+    """Return whether `recompute` makes again what the module computes of its weights in its first forward pass."""
+    return hasattr(module, "_maybe_fuse_gate_weights") or (
+        hasattr(module, "update_cache") and hasattr(module, "_compute_cos_sin_cache")
+    )
+
+
+def recompute(module: Any) -> None:
+    """Do what the module did in its first forward pass, if it had one. What it computes keeps its memory."""
+    with keep_storage(vars(module), module._buffers):
+        if hasattr(module, "_maybe_fuse_gate_weights"):
+            if module._combined_gate_weight is not None:
+                module._combined_gate_weight = None
+                module._maybe_fuse_gate_weights()
+        elif not module.update_cache:
+            module.cos_sin_cache = module._compute_cos_sin_cache().to(module.cos_sin_cache.dtype)
 
 
 def probe(module: Any) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from rollcast.comm.device.nvml import gpu_state, gpu_uuid
+from rollcast.rollout.landing.derived import watch_building
 from rollcast.rollout.landing.vllm_reload import choose_cpu_layout
 from rollcast.rollout.protocol.messages import JoinGroup
 from rollcast.rollout.protocol.worker_channel import attempt
@@ -21,6 +22,7 @@ from rollcast.rollout.worker.sync import WorkerSync
 # vLLM imports this module after the worker process has started and before it loads the model, and offers no
 # later hook that is still early enough.
 choose_cpu_layout()
+watch_building()
 
 # Python threads switch this often: while a worker decodes and receives at the same time, neither may keep the
 # interpreter for long.

@@ -11,9 +11,10 @@ from oddloaders import Loader, Toy, both, changed, each, land, whole
 
 from rollcast.comm import Manifest, ParamSpec, Region
 from rollcast.rollout.errors import LandingError
-from rollcast.rollout.landing.plan import LandingPlan
+from rollcast.rollout.landing.plan import LandingPlan, ParameterView
 from rollcast.rollout.landing.tape import from_plain, to_plain
 
+VIEWS = (ParameterView("m.view", "m.weight", Region((2,), (3,), 1, torch.bfloat16)),)
 BOTH = {"a": (3, 4), "b": (3, 4)}
 ROW = torch.arange(4.0)
 # A move, fills with and without values, a stage with inputs, constants and temporaries.
@@ -137,9 +138,10 @@ def test_bytes_hold_the_whole_plan() -> None:
 
 
 def test_attention_and_refusals_travel_too() -> None:
-    plan = replace(RICH.compile(), attention=("layers.0.attn",), refused=("a: no",))
+    plan = replace(RICH.compile(), attention=("layers.0.attn",), refused=("a: no",), views=VIEWS, recomputed=("m",))
     copy = LandingPlan.from_bytes(plan.to_bytes())
     assert (copy.attention, copy.refused, copy.digest) == (plan.attention, plan.refused, plan.digest)
+    assert (copy.views, copy.recomputed) == (VIEWS, ("m",))
 
 
 def _tape(plan: LandingPlan, **changes: object) -> LandingPlan:
@@ -163,6 +165,8 @@ DIFFERENCES: dict[str, Callable[[LandingPlan], LandingPlan]] = {
     "transform": lambda plan: _tape(plan, transforms=False),
     "constant": lambda plan: replace(plan, values=tuple(value + 1 for value in plan.values)),
     "attention": lambda plan: replace(plan, attention=("attn",)),
+    "views": lambda plan: replace(plan, views=VIEWS),
+    "recomputed": lambda plan: replace(plan, recomputed=("m",)),
     "refused": lambda plan: replace(plan, refused=("a: no",)),
 }
 

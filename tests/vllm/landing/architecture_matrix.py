@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import DTYPES, FLOAT32_ISLANDS, ROUTERS, build, in_half, perturb, save
+from architectures import DTYPES, FLOAT32_ISLANDS, NOT_USED, ROUTERS, build, in_half, perturb, save
 from loaded_models import LoadedModels
 from local_transfer import LocalTransfer
 from shards import put_together
@@ -24,7 +24,8 @@ from rollcast.comm.device.storage import flat_bytes
 from rollcast.rollout.landing import LandingPlan
 from rollcast.rollout.landing.apply import LiveLanding
 from rollcast.rollout.landing.compiler import compile_landing
-from rollcast.rollout.landing.vllm_reload import live_tensors, probe
+from rollcast.rollout.landing.model_tensors import model_tensors
+from rollcast.rollout.landing.vllm_reload import probe
 
 Tensors = dict[str, torch.Tensor]
 
@@ -41,11 +42,16 @@ def compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     return {"case": case, "seconds": round(time.monotonic() - start, 2)} | row
 
 
+def dtype_of(tags: Sequence[str]) -> torch.dtype:
+    """Return the engine's dtype."""
+    return next((DTYPES[tag] for tag in tags if tag in DTYPES), torch.float32)
+
+
 def save_as(name: str, model: Any, folder: Path, tags: Sequence[str]) -> Tensors:
     """Save the model; return what its trainer would send: the tensors of the checkpoint, or those in memory."""
     kept = model
     islands = FLOAT32_ISLANDS + (ROUTERS if "masters" in tags else ())
-    for dtype in (DTYPES[tag] for tag in tags if tag in DTYPES):
+    if (dtype := dtype_of(tags)) != torch.float32:
         kept = in_half(copy.deepcopy(model), dtype, kept=islands)
     tensors = save(name, kept, folder)
     trained = model if "masters" in tags else kept
@@ -55,15 +61,10 @@ def save_as(name: str, model: Any, folder: Path, tags: Sequence[str]) -> Tensors
 
 
 def snapshot(model: Any) -> Tensors:
-    """Copy every tensor of a model, those in plain attributes too, and what packed linears compute of a fixed input."""
-    tensors = {name: tensor.detach().clone() for name, tensor in live_tensors(model).items()}
-    for path, module in model.named_modules():
-        for owner in (module, getattr(module, "impl", None)):
-            values = {} if owner is None else vars(owner)
-            tensors |= {f"{path}:{key}": each.clone() for key, each in values.items() if isinstance(each, torch.Tensor)}
-        if (output := probe(module)) is not None:
-            tensors[f"{path}(probe)"] = output
-    return tensors
+    """Copy every tensor of a model, wherever it keeps it, and what packed linears compute of a fixed input."""
+    tensors = {name: tensor.detach().clone() for name, tensor in model_tensors(model).items()}
+    probes = {f"{path}(probe)": probe(module) for path, module in model.named_modules()}
+    return tensors | {name: output for name, output in probes.items() if output is not None}
 
 
 def on_wire(plan: LandingPlan, weights: Tensors) -> list[torch.Tensor]:
@@ -84,10 +85,12 @@ def _compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
     base = save_as(architecture, model, folder / "base", tags)
     perturb(model)
     perturbed = save_as(architecture, model, folder / "perturbed", tags)
-    dtype = next((DTYPES[tag] for tag in tags if tag in DTYPES), torch.float32)
+    dtype = dtype_of(tags)
     settings = {"dtype": str(dtype).removeprefix("torch."), "enable_expert_parallel": "ep" in tags}
     models = models.with_settings(**settings)
     one = partial(_compare_rank, models, folder, base, perturbed, dtype=dtype, size=int(size or 1))
+    # A rank without its peers cannot make a forward pass.
+    one = partial(one, used=not size and architecture not in NOT_USED)
     ranks: list[dict[str, Any]] = [one(rank=rank) for rank in range(int(size or 1))]
     unused = [set(rank.pop("unused")) for rank in ranks]
     facts: dict[str, Any] = {"model": [rank.pop("model") for rank in ranks].pop(), "parameters": len(base)}
@@ -97,9 +100,17 @@ def _compare(models: LoadedModels, case: str, folder: Path) -> dict[str, Any]:
 
 
 def _compare_rank(
-    models: LoadedModels, folder: Path, base: Tensors, perturbed: Tensors, *, dtype: torch.dtype, rank: int, size: int
+    models: LoadedModels,
+    folder: Path,
+    base: Tensors,
+    perturbed: Tensors,
+    *,
+    dtype: torch.dtype,
+    rank: int,
+    size: int,
+    used: bool,
 ) -> dict[str, Any]:
-    updated, fresh = (models.load(folder / which, rank=rank, size=size) for which in ("base", "perturbed"))
+    updated, fresh = (models.load(folder / which, rank=rank, size=size, used=used) for which in ("base", "perturbed"))
     before, expected = snapshot(updated), snapshot(fresh)
     manifest = WeightSource(perturbed).manifest
     with models.as_rank(folder / "base", rank=rank, size=size), torch.no_grad():
@@ -118,7 +129,7 @@ def _compare_rank(
         "zero_copy": sum(move.in_place for move in plan.moves),
         "stages": len(plan.stages),
         "tapes": sum(bool(stage.tape) for stage in plan.stages),
-        "attention": len(plan.attention),
+        "derived": len(plan.attention) + len(plan.views) + len(plan.recomputed),
         "compile_ms": compile_ms,
         "float32": sorted({spec.name for spec in plan.manifest.specs if spec.dtype == torch.float32 != dtype}),
         "problems": plan.check(),

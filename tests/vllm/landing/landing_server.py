@@ -27,6 +27,7 @@ import torchvision_stub  # noqa: F401  (before vLLM)
 from architectures import MOE, build
 from loaded_models import LoadedModels
 from odd_loaders import OddLoaders
+from odd_tensors import OddTensors
 from vllm.model_executor.models import registry
 
 from rollcast.rollout.landing.__main__ import main as landing_command
@@ -89,12 +90,17 @@ def command(arguments: list[str]) -> dict[str, Any]:
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 
+def derived(case: str) -> dict[str, Any]:
+    return OddTensors(models(), FOLDER / "derived").lands(case)
+
+
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "architecture": architecture,
     "adapter": adapter,
     "shards": shards,
     "command": command,
     "parts": lambda case: parts.CASES[case](models(), FOLDER / "parts" / case),
+    "derived": derived,
     "lands": lambda case: odd_loaders().lands(case),
     "refused": lambda case, parameter: odd_loaders().refused(case, parameter),
     "reload": lambda: odd_loaders().reloaded(),
