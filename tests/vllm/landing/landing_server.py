@@ -20,6 +20,7 @@ os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_
 
 import architecture_matrix
 import lora_matrix
+import mistakes
 import parts
 import torch
 import torchvision_stub  # noqa: F401  (before vLLM)
@@ -88,6 +89,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "architecture": architecture,
     "adapter": adapter,
     "command": command,
+    "mistake": lambda case: mistakes.refusal(models(), case, FOLDER / "mistakes" / case),
     "parts": lambda case: parts.CASES[case](models(), FOLDER / "parts" / case),
     "lands": lambda case: odd_loaders().lands(case),
     "refused": lambda case, parameter: odd_loaders().refused(case, parameter),
