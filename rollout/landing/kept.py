@@ -12,13 +12,13 @@ def leave_out(plan: LandingPlan, sent: Manifest, kept: Kept) -> LandingPlan:
 
     A module that vLLM processes as a whole can be kept only as a whole: else the plan has a refusal that names it.
     """
+    if not kept.manifest.specs and not kept.patterns:
+        return plan
     first = len(sent.specs)
     # In the dtypes of the wire.
     landed = Manifest(plan.manifest.specs[:first])
     gone = [number for number in range(len(plan.stages)) if _is_kept_stage(plan, number, first, kept)]
     regions = [*_kept_regions(plan, first, gone), *_absent(plan, gone, kept)]
-    if not regions and not gone:
-        return replace(plan, manifest=landed)
     touched = {name for name, _ in regions}
     numbers = {old: new for new, old in enumerate(n for n in range(len(plan.stages)) if n not in gone)} | {None: None}
     # Their constants were set when the engine loaded them.

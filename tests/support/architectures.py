@@ -190,6 +190,7 @@ SHARDED = [
 # "+ep": expert parallel. "+memory": what is made of the model in memory, not what its checkpoint has.
 FURTHER = [
     "deepseek_v3@2+ep",
+    "llama4@2+ep",
     "qwen3_moe@2+ep",
     "qwen3_moe@2+ep+memory",
     "qwen3_moe@2+memory",

@@ -20,6 +20,7 @@ os.environ |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_
 
 import architecture_matrix
 import lora_matrix
+import mistakes
 import parts
 import shard_matrix
 import torch
@@ -99,6 +100,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "adapter": adapter,
     "shards": shards,
     "command": command,
+    "mistake": lambda case: mistakes.refusal(models(), case, FOLDER / "mistakes" / case),
     "parts": lambda case: parts.CASES[case](models(), FOLDER / "parts" / case),
     "derived": derived,
     "lands": lambda case: odd_loaders().lands(case),

@@ -12,11 +12,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from architectures import build
+from architectures import CONVERTED, IMAGES, build
 from landing_process import LandingProcess
 
 from rollcast.rollout.landing.__main__ import main, size_text
 from rollcast.rollout.landing.offline import checkpoint_manifest
+
+QUICK = ("mixtral", "qwen3_vl")
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -60,6 +62,20 @@ def test_a_configuration_is_enough_and_tables_are_for_people(folder: Path, tmp_p
     for text in ("Landing plan", "zero-copy", "Not received in place", "Lanes", "no problems"):
         assert text in done.stdout
     assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral",
+        "qwen3_vl",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (*CONVERTED, *IMAGES) if name not in QUICK),
+    ],
+)
+def test_a_configuration_tells_what_the_checkpoint_has(plain: LandingProcess, tmp_path: Path, name: str) -> None:
+    build(name, seed=0).config.save_pretrained(tmp_path)
+    plan = json.loads(run(plain, "--model", tmp_path, "--json")["out"].splitlines()[-1])
+    assert plan["problems"] == [] and plan["moves"] > 0
 
 
 def test_problems_are_listed_by_name(folder: Path, tmp_path: Path, packed: LandingProcess) -> None:
