@@ -16,6 +16,7 @@ from rollcast.comm.transfer.holding import Holding, Weights
 from rollcast.comm.transfer.landing import Landing, VerifyError
 from rollcast.comm.transfer.lora_source import open_source
 from rollcast.comm.transfer.receiver import WeightReceiver
+from rollcast.comm.transfer.replicas import replica_checksums
 from rollcast.comm.transfer.source import WeightSource
 from rollcast.comm.transport import Group, LaneGroups, host_store, join_group
 
@@ -53,6 +54,7 @@ __all__ = [
     "host_store",
     "join_group",
     "open_source",
+    "replica_checksums",
     "statement_from_text",
     "statement_to_text",
 ]

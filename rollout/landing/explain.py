@@ -62,7 +62,8 @@ def _failed_check(error: Exception) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = f" in {trace.tb_frame.f_code.co_qualname}" if trace is not None else ""
-    return f"a check of its name, shape or dtype failed{where}"
+    check = isinstance(error, AssertionError)
+    return f"a check of its name, shape or dtype failed{where}" if check else f"{type(error).__name__}{where}"
 
 
 def _shortened(text: str) -> str:

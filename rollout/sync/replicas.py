@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from rollcast.comm import Deadline, Holders, Manifest, WeightSource
+from rollcast.comm import Deadline, Holders, Manifest, WeightSource, replica_checksums
 from rollcast.comm.agreement import Agreement
-from rollcast.comm.transfer.replicas import replica_checksums
 from rollcast.rollout.errors import Failure, SyncError
 
 MAX_NAMED = 3
