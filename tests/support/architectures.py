@@ -197,7 +197,7 @@ FURTHER = [
     *(f"{name}+memory" for name in (*CONVERTED, *IMAGES, "gpt_oss")),
 ]
 # Forward passes that vLLM cannot make on CPUs.
-NOT_USED = frozenset({"llama4"})
+NOT_USED = frozenset({"llama4", "minimax_m2"})
 # "+bf16", "+fp16": engine, checkpoint and trainer in that dtype, but for what checkpoints keep in float32.
 # "+masters": the trainer has everything in float32.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
