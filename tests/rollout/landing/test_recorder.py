@@ -223,7 +223,5 @@ def test_a_loader_that_fails_is_quoted() -> None:
 
     with pytest.raises(LandingError, match=r"parameter p \[4, 4\] float32: expected 3x3, got \[4, 4\]"):
         recorded(step)
-    with pytest.raises(
-        LandingError, match=r"parameter p .*: a check of its name, shape or dtype failed in .*the engine.s p is"
-    ):
+    with pytest.raises(LandingError, match=r"parameter p .*: a check of its name, .*the engine.s p is"):
         recorded(lambda p, w: (_ for _ in ()).throw(NotImplementedError()))
