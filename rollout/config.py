@@ -235,6 +235,10 @@ class RolloutConfig:
         assert chosen is not None
         return chosen
 
+    def has_towers(self) -> bool:
+        """Return whether the model takes images or sound beside text."""
+        return any(name in self.model_config() for name in ("vision_config", "audio_config"))
+
     def resolved_device(self) -> str:
         """Return "cpu" or "cuda"."""
         if self.device == "auto":

@@ -82,8 +82,9 @@ def build_async_llm(config: RolloutConfig) -> Any:
         "seed": config.seed,
         "enforce_eager": config.enforce_eager,
         "gpu_memory_utilization": config.gpu_memory_utilization,
-        # The pool's prompts are tokens; vLLM then knows no end-of-sequence token. Its own server takes text.
-        "skip_tokenizer_init": config.openai_port is None,
+        # The pool's prompts are tokens; vLLM then knows no end-of-sequence token. Its own server takes text, and its
+        # processors of images and sound want a tokenizer.
+        "skip_tokenizer_init": config.openai_port is None and not config.has_towers(),
         # The policy ratio needs the distribution that was sampled from.
         "logprobs_mode": "processed_logprobs",
         # Equal priorities run first come, first served.

@@ -9,7 +9,8 @@ written by every sync, with what a load would have left there. A tensor that has
 meanwhile: vLLM's own step computes it again, or the model is refused.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,8 @@ from rollcast.rollout.errors import LandingError
 from rollcast.rollout.landing.model_tensors import Tensors, model_tensors, owner_path
 from rollcast.rollout.landing.plan import LandingPlan, ParameterView
 from rollcast.rollout.landing.vllm_reload import call_after_building, recomputable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,23 @@ def derived_tensors(model: nn.Module, plan: LandingPlan) -> tuple[tuple[Paramete
     parted = tuple(view for view in built.views if _is_parted(view, tensors))
     known = {storage_id(tensor) for tensor in (*model.parameters(), *(tensors[view.name] for view in parted))}
     known |= {storage_id(tensors[name]) for name in plan.written if name in tensors}
-    refused = [
-        f"{name} {list(tensor.shape)} is computed while the engine loads or runs, and there is no step that repeats it"
+    unexplained = [
+        (name, tensor)
         for name, tensor in tensors.items()
         if storage_id(tensor) not in known and _is_unexplained(name, tensor, model, plan, built)
     ]
-    return parted, refused
+    return parted, list(_refused(unexplained))
+
+
+def _refused(unexplained: Sequence[tuple[str, torch.Tensor]]) -> Iterator[str]:
+    """Describe the tensors; kernels of GPUs also keep work space that looks the same: those are warned of."""
+    for name, tensor in unexplained:
+        shape = list(tensor.shape)
+        text = f"{name} {shape} is computed while the engine loads or runs, and there is no step that repeats it"
+        if tensor.is_cuda and ":" in name:
+            logger.warning("%s: if it is made of weights, it keeps those that the engine started with", text)
+        else:
+            yield text
 
 
 def _note(model: nn.Module) -> None:

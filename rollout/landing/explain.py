@@ -20,7 +20,7 @@ def explain(error: Exception, spec: ParamSpec | None, targets: Mapping[str, torc
         return text
     if not spec.dtype.is_floating_point:
         return (
-            f"{text} (its dtype is {_name(spec.dtype)}: packed or quantised weights must be dequantised, or sent whole)"
+            f"{text} (it is {_name(spec.dtype)}: packed or quantised weights must be dequantised before they are sent)"
         )
     if UNKNOWN_NAME in text:
         return (
@@ -67,7 +67,8 @@ def _failed_check(error: Exception) -> str:
 
 
 def _shortened(text: str) -> str:
-    text = " ".join(text.split())
+    # What follows is a list of every name.
+    text = " ".join(text.split()).partition(" The available parameters")[0]
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS].rsplit(' ', 1)[0]} ..."
 
 

@@ -8,7 +8,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
-from typing import Any, ClassVar
+from typing import Any
 
 
 class _Anything(type):
@@ -28,7 +28,6 @@ class _Dummy(metaclass=_Anything):
 
 class _Package(types.ModuleType):
     __version__ = "0.0"
-    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -43,7 +42,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
     def create_module(self, spec: Any) -> types.ModuleType:
-        return _Package(spec.name)
+        package = _Package(spec.name)
+        package.__path__ = []
+        return package
 
     def exec_module(self, module: types.ModuleType) -> None: ...
 

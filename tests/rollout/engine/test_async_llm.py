@@ -20,7 +20,7 @@ class EngineArgs(SimpleNamespace):
 
     def create_engine_config(self, usage: str) -> str:
         os.environ[START_METHOD_VARIABLE] = "spawn"
-        return f"configuration for {usage}"
+        return f"configuration for {usage}{'' if self.skip_tokenizer_init else ', with tokenizer'}"
 
 
 class AsyncLLM:
@@ -35,10 +35,8 @@ class AsyncLLM:
         return cls(vllm_config)
 
 
-@pytest.mark.parametrize(("before", "during"), [(None, "spawn"), ("fork", "fork"), ("spawn", "spawn")])
-def test_the_supervisors_start_method_is_kept_and_none_is_needed(
-    before: str | None, during: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     modules: dict[str, Any] = {
         "vllm": SimpleNamespace(AsyncEngineArgs=EngineArgs),
         "vllm.usage.usage_lib": SimpleNamespace(UsageContext=SimpleNamespace(LLM_CLASS="an LLM")),
@@ -47,6 +45,19 @@ def test_the_supervisors_start_method_is_kept_and_none_is_needed(
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(async_llm, "_yield_between_outputs", lambda llm: None)
+
+
+def test_models_with_images_have_a_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(START_METHOD_VARIABLE, "spawn")
+    (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 64}, "vision_config": {}}')
+    llm = async_llm.build_async_llm(RolloutConfig(model=str(tmp_path), dtype="float32"))
+    assert llm.vllm_config == "configuration for an LLM, with tokenizer"
+
+
+@pytest.mark.parametrize(("before", "during"), [(None, "spawn"), ("fork", "fork"), ("spawn", "spawn")])
+def test_the_supervisors_start_method_is_kept_and_none_is_needed(
+    before: str | None, during: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     # Set first, so that it is what it was when the test is over.
     monkeypatch.setenv(START_METHOD_VARIABLE, before or "")
     if before is None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architecture_matrix import different, save, snapshot
-from architectures import build, perturb
+from architecture_matrix import different, snapshot
+from architectures import build, perturb, save
 from loaded_models import LoadedModels
 from local_transfer import LocalTransfer
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -86,9 +86,9 @@ class OddLoaders:
         self._models = models
         self._folder = folder
         model = build("qwen3", seed=0)
-        base = save(model, folder / "base")
+        base = save("qwen3", model, folder / "base")
         perturb(model)
-        weights = save(model, folder / "perturbed")
+        weights = save("qwen3", model, folder / "perturbed")
         self._rounds = [base, weights]
         self._manifest = WeightSource(weights).manifest
         self._live = models.load(folder / "base")

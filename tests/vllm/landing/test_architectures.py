@@ -79,7 +79,7 @@ def verdict(row: dict[str, Any]) -> str:
     if flaws := [name for name in FLAWS if row[name]]:
         return ", ".join(flaws)
     # A rank of two has no use for the other's experts, unless they are part of one tensor.
-    if bool(row["remote"]) != ("+ep" in case):
+    if bool(row["remote"]) != (case.endswith("+ep") and not case.startswith("llama4")):
         return "remote"
     return "exact" if row["stale_before"] > row["parameters"] / 4 else "the perturbation does not reach vLLM"
 
