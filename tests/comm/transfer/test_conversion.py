@@ -93,7 +93,7 @@ def test_parts_on_several_ranks_make_the_same_whole(function: Callable[[Tensors]
 def test_gathered_tensors_are_put_together(function: Callable[[Tensors], Tensors]) -> None:
     state = weights(0)
     source = GatheringSource(state, names=function)
-    got = dict(source.gather(range(len(source.manifest.specs))[::-1]))
+    got = dict(source.gather([*reversed(range(len(source.manifest.specs)))]))
     assert same({spec.name: got[i][0] for i, spec in enumerate(source.manifest.specs)}, function(state))
 
 

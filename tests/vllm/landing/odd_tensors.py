@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from architecture_matrix import different, dtype_of, on_wire, save, snapshot
+from architecture_matrix import different, dtype_of, on_wire, save_as, snapshot
 from architectures import build, perturb
 from loaded_models import LoadedModels
 from local_transfer import LocalTransfer
@@ -124,9 +124,9 @@ class OddTensors:
         dtype = dtype_of(tags)
         models = self._models.with_settings(dtype=str(dtype).removeprefix("torch."))
         model = build(architecture, seed=0)
-        base = save(model, self._folder / "base", tags)
+        base = save_as(architecture, model, self._folder / "base", tags)
         perturb(model)
-        weights = save(model, self._folder / "perturbed", tags)
+        weights = save_as(architecture, model, self._folder / "perturbed", tags)
         with loading(), using(), models.as_rank(self._folder / "base", rank=0, size=1):
             live, fresh = (models.load(self._folder / which, used=True) for which in ("base", "perturbed"))
             before = snapshot(live)

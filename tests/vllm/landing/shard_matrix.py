@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architecture_matrix import Tensors, different, save, snapshot
-from architectures import build, perturb
+from architecture_matrix import Tensors, different, snapshot
+from architectures import build, perturb, save
 from loaded_models import LoadedModels
 from local_transfer import LocalTransfer
 from rank_layouts import LAYOUTS
@@ -96,9 +96,9 @@ def _compare(models: LoadedModels, case: str, folder: Path, trainers: Sequence[i
     name, *tags = case.split("+")
     architecture, _, size = name.partition("@")
     model = build(architecture, seed=0)
-    base = save(model, folder / "base", memory=False)
+    base = save(architecture, model, folder / "base")
     perturb(model)
-    perturbed = save(model, folder / "perturbed", memory=False)
+    perturbed = save(architecture, model, folder / "perturbed")
     rng = random.Random(case)
     trials = [_trial(layout, perturbed, ranks, rng) for ranks in trainers for layout in LAYOUTS]
     whole = WeightSource(base).manifest
