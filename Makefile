@@ -5,7 +5,7 @@ NPROC  ?= 2
 ARGS        ?=
 PYTEST_ARGS ?=
 # Two processes; tests that start engines, which need all cores, run in one of them, after all others.
-PARALLEL    := -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL    := -n 2 --dist loadscope --no-loadscope-reorder
 
 ifndef PLATFORM
 PLATFORM := $(shell if nvidia-smi -L 2>/dev/null | grep -q . || test -e /dev/nvidia0; then echo cuda; else echo cpu; fi)

@@ -1,6 +1,7 @@
-"""Markers, and what processes of pytest-xdist share out: tests (`--dist loadgroup`) and GPUs."""
+"""Markers, and what processes of pytest-xdist share out: tests (`--dist loadscope`) and GPUs."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -19,23 +20,29 @@ if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.device_count():
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ends_job: leaves the job that tests share unusable; runs last of its shape")
-    # pytest-xdist's own, where it is not installed.
-    config.addinivalue_line("markers", "xdist_group: tests of one group run in one process")
 
 
 # First: tests/vllm/conftest.py has an order of its own for the tests that share jobs.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests that start jobs in one process, one at a time and last; tests on shared models, in one and first."""
-    for item in items:
-        if group := group_of(item):
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: ORDER.index(group_of(item)))
+    """Run tests on shared models first, and tests that start jobs last."""
+    items.sort(key=lambda item: ORDER.index(group_of(item.nodeid)))
 
 
-def group_of(item: pytest.Item) -> str:
-    """Return the tests that a test has to run with; empty if it is free."""
-    folders = {*item.path.parts}
-    if {"vllm", "landing"} <= folders:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each group to one process, as a whole. (Groups by marks need node ids that can be changed.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid) or nodeid
+
+    return Groups(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """Return the tests that a test has to run with, in one process; empty if it is free."""
+    if nodeid.startswith("tests/vllm/landing/"):
         return "landings"
-    return "jobs" if {"vllm", "gpu"} & folders else ""
+    return "jobs" if nodeid.startswith(("tests/vllm/", "tests/gpu/")) else ""
