@@ -19,7 +19,13 @@ from rollcast.comm.plan.region import Region
 from rollcast.comm.transfer.holding import LocalParam
 
 Conversion = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
-"""Returns the checkpoint's tensors by name, made of the trainer's full tensors by name."""
+"""Returns the checkpoint's tensors by name, made of the trainer's full tensors by name.
+
+    lambda state: {f"model.{name}": tensor for name, tensor in state.items()}
+
+They may be made by views, splits, permutations, reshapes, concatenation and stacking. It is called once, with tensors
+without data.
+"""
 
 aten = torch.ops.aten
 

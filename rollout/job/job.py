@@ -85,35 +85,27 @@ class Job:
 
         Engines take checkpoint names. Those of a transformers model are found by transformers' own conversion, run
         backwards as in `save_pretrained`; for a state dict in such a model's names pass `checkpoint_names(model)`. A
-        function of your own takes the trainer's full tensors by name and returns the checkpoint's, made by views,
-        splits, permutations, reshapes, concatenation and stacking. It is called once, with tensors without data:
-
-            names=lambda state: {f"model.{name}": tensor for name, tensor in state.items()}
+        function of your own takes the trainer's full tensors by name and returns the checkpoint's (see `Conversion`).
 
         Every weight of the engines' model must be sent, but for parts that you say they keep as they have loaded
-        them: `keep` has names of modules or parameters (`keep=["visual", "layers.0"]`; `*` and `?` match parts of a
-        name), whether the trainer has them or not; `keep_frozen` keeps parameters with `requires_grad=False`. Whether
-        they still are what the engines have is not checked. Weights that vLLM's own loader skips, such as layers
-        that predict further tokens, are left out with a warning.
+        them, unchecked: `keep` has names of modules or parameters (`keep=["visual", "layers.0"]`; `*` and `?` match
+        parts of a name), whether the trainer has them or not; `keep_frozen` keeps parameters with
+        `requires_grad=False`. What vLLM's own loader skips is left out with a warning.
 
         Not collective, but every trainer rank needs one to take part in its syncs. An earlier broadcaster of this job
         is closed: the engines belong to one group at a time. `transport`: None, as configured. Raises `ValueError`
         for weights that cannot be sent, and for adapters that engines would compute differently, and names them; the
         other ranks' first sync then raises it, too.
         """
-        pool, agreement = self.pool, self._agreement
+        agreement = self._agreement
         assert agreement is not None
         if not self.config.trainer_gpus and self.config.resolved_device() == "cuda":
             raise ValueError("trainers without GPUs (trainer_gpus=False) cannot send weights to engines that have some")
         name = f"sync/{next(self._broadcaster_numbers)}"
+        adapters = self.config.lora_rank is not None
         try:
             source = open_source(
-                weights,
-                adapters=self.config.lora_rank is not None,
-                adapter=adapter,
-                names=names,
-                keep=keep,
-                keep_frozen=keep_frozen,
+                weights, adapters=adapters, adapter=adapter, names=names, keep=keep, keep_frozen=keep_frozen
             )
         except Exception as error:
             # The other ranks' first sync would wait for this rank.
@@ -121,7 +113,7 @@ class Job:
             raise
         broadcaster = PoolBroadcaster(
             source,
-            pool,
+            self.pool,
             agreement,
             config=replace(self.config, transport=transport or self.config.transport),
             ranks=self.ranks,
