@@ -68,8 +68,10 @@ class BenchWorker(FactsWorker, RollcastWorker):
             torch.cuda.synchronize()
 
     def bench_fingerprint(self) -> dict[str, int]:
-        """Return a 64-bit checksum of every live tensor, computed on its device."""
-        return fingerprint_64bit(self.rollcast_sync.model.module)
+        """Return a 64-bit checksum of every parameter and buffer, computed on its device."""
+        sums = fingerprint_64bit(self.rollcast_sync.model.module)
+        # Plain attributes, "module:name", may be work space that decoding fills.
+        return {name: each for name, each in sums.items() if ":" not in name}
 
     def bench_reset_peak(self) -> None:
         """Free what the last method left behind, and measure the peak of the memory from now on."""
