@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sync_latency import main
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(400)]
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "sync_latency.py"
 METHODS = ["rollcast", "raw-broadcast", "rollcast-gathered"]
@@ -46,7 +46,6 @@ def test_float32_masters_into_a_bfloat16_engine(tmp_path: Path, capsys: pytest.C
     assert sum(line.startswith("| tiny-bf16 | 2xfsdp2-fp32:1 |") for line in lines) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "layouts", "nbytes"),
     [
