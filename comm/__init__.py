@@ -3,7 +3,7 @@
 from rollcast.comm.deadline import Deadline
 from rollcast.comm.plan.box import Box
 from rollcast.comm.plan.buckets import Bucket, Message, Move, fill_buckets
-from rollcast.comm.plan.holders import Boxes, HeldParam, Holders, statement_from_text, statement_to_text
+from rollcast.comm.plan.holders import Boxes, HeldParam, Holders, Overlap, statement_from_text, statement_to_text
 from rollcast.comm.plan.kept import Kept
 from rollcast.comm.plan.manifest import Manifest, ParamSpec
 from rollcast.comm.plan.region import Region
@@ -37,6 +37,7 @@ __all__ = [
     "Manifest",
     "Message",
     "Move",
+    "Overlap",
     "ParamSpec",
     "PhaseTimer",
     "Region",

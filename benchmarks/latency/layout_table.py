@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from latency.cells import error_cell, timing_cells
 from latency.stats import Row
 
 LAYOUT_COLUMNS = (
@@ -29,10 +30,8 @@ def layout_cells(row: Row) -> list[str]:
     """Return a row as text, in the order of `LAYOUT_COLUMNS`."""
     head = [row["model"], row["layout"], row["method"]]
     if "error" in row:
-        return [*head, *[""] * (len(LAYOUT_COLUMNS) - 4), row["error"].splitlines()[0].replace("|", "/")]
-    times = [f"{row[key] * 1e3:.2f}" for key in ("p50_s", "p95_s", "max_s")]
-    ratio = "" if row.get("ratio_to_raw") is None else f"{row['ratio_to_raw']:.2f}"
+        return [*head, *[""] * (len(LAYOUT_COLUMNS) - 4), error_cell(row)]
     extra = row.get("peak_extra_bytes")
     memory = [f"{row['gathered_bytes'] / 1e9:.2f}", "" if extra is None else f"{extra / 1e9:.2f}"]
     note = "" if row.get("correct", True) else f"wrong weights: {row['problem']}"
-    return [*head, *times, f"{row['gb_per_s']:.1f}", ratio, str(row["repeats"]), *memory, note]
+    return [*head, *timing_cells(row), *memory, note]

@@ -7,9 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from latency.cells import error_cell, timing_cells
 from latency.layout_table import LAYOUT_COLUMNS, has_layouts, layout_cells
+from latency.stats import Row
 
-Row = dict[str, Any]
 COLUMNS = (
     "model",
     "method",
@@ -34,13 +35,10 @@ def columns_of(document: dict[str, Any]) -> tuple[Sequence[str], Callable[[Row],
 def cells(row: Row) -> list[str]:
     """Return a row as text, in the order of `COLUMNS`."""
     if "error" in row:
-        return [row["model"], label(row), *[""] * (len(COLUMNS) - 3), row["error"].splitlines()[0].replace("|", "/")]
-    times = [f"{row[key] * 1e3:.2f}" for key in ("p50_s", "p95_s", "max_s")]
-    ratio = "" if row.get("ratio_to_raw") is None else f"{row['ratio_to_raw']:.2f}"
+        return [row["model"], label(row), *[""] * (len(COLUMNS) - 3), error_cell(row)]
     stop = f"{row['decode_stop_s'] * 1e3:.1f}" if "decode_stop_s" in row else ""
     wrong = "" if row.get("correct", True) else "the engine's weights are wrong"
-    measured = [*times, f"{row['gb_per_s']:.1f}", ratio, str(row["repeats"]), stop, extra_gb(row), wrong]
-    return [row["model"], label(row), *measured]
+    return [row["model"], label(row), *timing_cells(row), stop, extra_gb(row), wrong]
 
 
 def label(row: Row) -> str:

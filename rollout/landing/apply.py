@@ -53,7 +53,8 @@ class LiveLanding:
         self._stages_without_moves = [number for number in range(len(plan.stages)) if number not in with_moves]
         self._attention = [attention_layers(model)[path] for path in plan.attention]
         self._recomputed = [model.get_submodule(path) for path in plan.recomputed]
-        self._views = [(view, model_tensors(model)[view.name]) for view in plan.views]
+        tensors = model_tensors(model) if plan.views else {}
+        self._views = [(view, tensors[view.name]) for view in plan.views]
         for stage in self._stages:
             stage.take_views(self._views)
         self._verifying = False

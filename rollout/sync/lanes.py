@@ -87,7 +87,7 @@ class Lanes:
         self._sender: WeightBroadcaster | None = None
         self._replicas: Replicas
         # Of all ranks (rank 0).
-        self._statements = Statements()
+        self._statements: Statements
         self.plan: TransferPlan | None = None
 
     def exchange_statements(self, topic: str, *, deadline: Deadline) -> None:
@@ -100,8 +100,7 @@ class Lanes:
             return
 
         def take(texts: Sequence[str]) -> str:
-            self._statements = Statements(texts)
-            self._statements.check()
+            self._statements = Statements.of(texts)
             return COMPLETE
 
         verdict = self._agreement.decide(f"{topic}/holdings", state(self._source), take, deadline=deadline)

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import msgspec
 from torch import distributed as dist
@@ -65,23 +64,23 @@ def state(source: WeightSource) -> str:
 class Statements:
     """What all trainer ranks have stated."""
 
-    texts: Sequence[str] = ()
+    texts: Sequence[str]
     """Of each rank (`state`), in rank order."""
+    holders: Holders
+    """Who holds what."""
+    kept: Kept
+    """What the engines keep."""
 
-    def check(self) -> None:
-        """Raise `ValueError` naming a parameter about which ranks disagree, or of which nobody holds some elements."""
-        assert self.kept
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> "Statements":
+        """Merge the ranks' statements.
 
-    @cached_property
-    def holders(self) -> Holders:
-        """Who holds what."""
-        return Holders.of([statement_from_text(text.partition(" ")[0]) for text in self.texts])
-
-    @cached_property
-    def kept(self) -> Kept:
-        """What the engines keep."""
-        kept = [Kept.from_bytes(base64.b64decode(text.partition(" ")[2])) for text in self.texts]
-        return Kept.merged(kept, self.holders.manifest)
+        Raises `ValueError` naming a parameter about which ranks disagree, or of which nobody holds some elements.
+        """
+        pairs = [text.split(" ") for text in texts]
+        holders = Holders.of([statement_from_text(held) for held, _ in pairs])
+        kept = [Kept.from_bytes(base64.b64decode(kept)) for _, kept in pairs]
+        return cls(texts, holders, Kept.merged(kept, holders.manifest))
 
 
 def publish_plan(blueprint: Blueprint, store: dist.Store, holders: Holders, config: RolloutConfig) -> int:
@@ -104,7 +103,7 @@ def read_plan(store: dist.Store, parts: int, config: RolloutConfig, *, rank: int
     """
     text = b"".join(store.get(f"blueprint/{part}") for part in range(parts))
     blueprint = msgspec.msgpack.decode(base64.b64decode(text), type=Blueprint)
-    holders = Statements(blueprint.statements).holders
+    holders = Statements.of(blueprint.statements).holders
     plan = blueprint.build(holders, config)
     if plan.digest != blueprint.digest:
         raise ValueError(f"trainer rank {rank} made another transfer plan than rank 0: run one version of rollcast")

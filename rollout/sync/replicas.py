@@ -1,10 +1,11 @@
 """Whether trainer ranks that hold the same parameters have the same values (every trainer rank)."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import msgspec
 
-from rollcast.comm import Deadline, Holders, Manifest, WeightSource, replica_checksums
+from rollcast.comm import Deadline, Holders, Manifest, Overlap, WeightSource, replica_checksums
 from rollcast.comm.agreement import Agreement
 from rollcast.rollout.errors import Failure, SyncError
 
@@ -29,8 +30,13 @@ class Replicas:
         """`manifest` is the transfer plan's, with the dtypes of the wire."""
         self._agreement = agreement
         self._source = source
+        self._holders = holders
         self._manifest = manifest
-        self._overlaps = holders.overlaps()
+
+    @cached_property
+    def _overlaps(self) -> Sequence[Overlap]:
+        """Looked for when they are compared first: most syncs are not verified."""
+        return self._holders.overlaps()
 
     def compare(self, topic: str, *, deadline: Deadline) -> None:
         """Raise `SyncError` on all ranks, naming parameters and ranks, where replicas differ. Collective.
